@@ -1,0 +1,139 @@
+"""Bounds: how far a delta may go, for each class.
+
+    fixed                 ε_c = ε
+    varied                ε_c = ε + Δε · |τ − s_c|          LPL eq. 18 first case, LPG eq. 21, LPA eq. 14
+    varied_by_frequency   ε_c = ε + Δε · π_c/π_1 (head), ε + Δε · π_C/π_c (tail)      LPL eq. 18 second case
+    layer_scaled          ε_c^(l) = β^(L−l) · ε_c           LPA eq. 15
+    any optax schedule    ε(step)
+
+A method's setting `bound` takes a number, an array [C], one of these, or a schedule of the step.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from perturbjax.checks import check_choice, check_number, is_traced
+from perturbjax.core import Context
+from perturbjax.split import SCALES, Split
+
+
+class Varied(NamedTuple):
+    """ε_c = ε + Δε·|τ − s_c|; made by `varied`."""
+
+    eps: ArrayLike | None
+    delta_eps: ArrayLike | None
+    statistic: str
+
+
+class VariedByFrequency(NamedTuple):
+    """LPL's second case; made by `varied_by_frequency`."""
+
+    eps: ArrayLike | None
+    delta_eps: ArrayLike | None
+    of: str
+
+
+class LayerScaled(NamedTuple):
+    """β^(L−l) times another bound; made by `layer_scaled`."""
+
+    bound: Any
+    beta: ArrayLike
+
+
+Bound = ArrayLike | Varied | VariedByFrequency | LayerScaled | Callable[[ArrayLike], ArrayLike]
+
+
+def varied(
+    *, eps: ArrayLike | None = None, delta_eps: ArrayLike | None = None, statistic: Literal["rank", "linear", "log"] = "rank"
+) -> Varied:
+    """ε_c = ε + Δε·|τ − s_c|: classes further from the split's threshold get a larger bound.
+
+    Args:
+      eps: base ε. None: the method's own default bound.
+      delta_eps: Δε. None: as large as ε.
+      statistic: for splits by frequency, s_c is the rank/C, N_c/max N, or log N_c scaled to [0, 1]; others have one scale.
+    """
+    check_number("varied", low=0, eps=eps, delta_eps=delta_eps)
+    check_choice("varied", "statistic", statistic, SCALES)
+    return Varied(eps, delta_eps, statistic)
+
+
+def varied_by_frequency(
+    *, eps: ArrayLike | None = None, delta_eps: ArrayLike | None = None, of: Literal["prior", "accuracy"] = "prior"
+) -> VariedByFrequency:
+    """Head classes ε + Δε·s_c/s_1, tail classes ε + Δε·s_C/s_c, with s the class prior π (the official code) or q̄ (as printed).
+
+    Head and tail are the split's −1 and +1. `of="accuracy"` needs a split by accuracy for q̄, with classes ordered by count.
+    """
+    check_number("varied_by_frequency", low=0, eps=eps, delta_eps=delta_eps)
+    check_choice("varied_by_frequency", "of", of, ("prior", "accuracy"))
+    return VariedByFrequency(eps, delta_eps, of)
+
+
+def layer_scaled(bound: Bound | None = None, *, beta: ArrayLike = 0.7) -> LayerScaled:
+    """γ_l = β^(L−l) times `bound` at site number l (logits: stages + 1; features count as the last stage)."""
+    check_number("layer_scaled", low=0, high=1, open_low=True, beta=beta)
+    return LayerScaled(bound, beta)
+
+
+def radius(
+    bound: Bound | None, *, default: float, split: Split, state: Any, context: Context, site: str | None = None
+) -> jax.Array:
+    """ε_c of every class, [C]: `bound` with the split's statistics in `state`, at the context's step."""
+    if isinstance(bound, LayerScaled):
+        if site is None or context.level is None:
+            raise ValueError("layer_scaled needs a site, got none. Use it with a method that has one, such as lpa(site=...).")
+        inner = radius(bound.bound, default=default, split=split, state=state, context=context)
+        return inner * jnp.asarray(bound.beta, jnp.float32) ** (context.level("logits") - context.level(site))
+    if isinstance(bound, Varied | VariedByFrequency):
+        eps, delta_eps = _amounts(bound, default)
+        return eps + delta_eps * _share(bound, split, state, context)
+    value = default if bound is None else bound(context.step) if callable(bound) else bound
+    return jnp.broadcast_to(jnp.asarray(value, jnp.float32), [context.num_classes])
+
+
+def largest(bound: Bound | None, *, default: float) -> float | None:
+    """The largest ε_c that `bound` can give; None if it can't be known here (traced, or a schedule)."""
+    if isinstance(bound, LayerScaled):
+        return largest(bound.bound, default=default)
+    if isinstance(bound, Varied | VariedByFrequency):
+        eps, delta_eps = _amounts(bound, default)
+        return None if is_traced((eps, delta_eps)) else float(np.max(eps)) + float(np.max(delta_eps))
+    value = default if bound is None else bound
+    return None if callable(value) or is_traced(value) else float(np.max(np.asarray(value)))
+
+
+def check_bound(function: str, bound: Bound | None) -> None:
+    """Raises ValueError for a bound that is negative, nan or no bound at all (schedules and traced numbers pass)."""
+    if isinstance(bound, LayerScaled):
+        check_bound(function, bound.bound)
+    elif not isinstance(bound, Varied | VariedByFrequency) and not callable(bound):
+        check_number(function, low=0, bound=bound)
+
+
+def needs(bound: Bound | None, split: Split) -> tuple[str, ...]:
+    """What a link with this bound and split must be given (see Perturbation.needs)."""
+    inner = bound.bound if isinstance(bound, LayerScaled) else bound
+    return ("class_counts",) if isinstance(inner, VariedByFrequency) else split.needs
+
+
+def _amounts(bound: Varied | VariedByFrequency, default: float) -> tuple[Any, Any]:
+    eps = default if bound.eps is None else bound.eps
+    return eps, eps if bound.delta_eps is None else bound.delta_eps
+
+
+def _share(bound: Varied | VariedByFrequency, split: Split, state: Any, context: Context) -> jax.Array:
+    """What Δε is multiplied with, in [0, 1]: [C]."""
+    if isinstance(bound, Varied):
+        s, tau = split.statistic(state, context, bound.statistic)
+        return jnp.abs(jnp.clip(tau, 0, 1) - s)
+    n = jnp.asarray(context.class_counts, jnp.float32)
+    s = n if bound.of == "prior" else split.statistic(state, context, "linear")[0]
+    first, last = s[jnp.argmax(n)], s[jnp.argmin(n)]
+    ratio = lambda a, b: jnp.clip(a / jnp.where(b > 0, b, 1), 0, 1)
+    return jnp.where(split.direction(state, context) < 0, ratio(s, first), ratio(last, s))

@@ -1,0 +1,78 @@
+"""Checks of what users pass in, made on the host before anything compiles.
+
+Every message follows one form: `{function} needs {what}, got {value}. {The line to write instead}.` Traced values can't be
+looked at and pass unchecked: whoever builds a method inside a trace builds it once outside first (the trainer does).
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def is_traced(value: Any) -> bool:
+    """Whether any leaf of `value` is a JAX tracer, so that its numbers are unknown here."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+def check_number(function: str, *, low: float = -np.inf, high: float = np.inf, open_low: bool = False, **named: Any) -> None:
+    """Raises ValueError unless each named number (or every element of an array) lies in [low, high], and is no NaN.
+
+    None and traced values pass. `open_low=True` excludes `low` itself.
+    """
+    for name, value in named.items():
+        if value is None or is_traced(value):
+            continue
+        try:
+            array = np.asarray(value, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"{function} needs a number for {name}, got {value!r}.") from None
+        outside = np.isnan(array) | (array < low) | (array > high) | (open_low & (array == low))
+        if outside.any():
+            rule = f"{name} {'>' if open_low else '>='} {low:g}" if high == np.inf else f"{low:g} <= {name} <= {high:g}"
+            if low == -np.inf:
+                rule = f"a finite {name}" if high == np.inf else f"{name} <= {high:g}"
+            raise ValueError(f"{function} needs {rule}, got {value}.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that names the closest known name (if any is close) and lists them all."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return (f"Did you mean {close[0]!r}? " if close else "") + f"There are: {', '.join(known)}."
+
+
+def check_choice(function: str, name: str, value: Any, known: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of the `known` strings; the message has the nearest one."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{function} needs {name} to be one of its names, got {value!r}. {nearest(str(value), known)}")
+
+
+def check_logits_labels(function: str, logits: Any, labels: Any) -> None:
+    """Raises ValueError unless logits are floating [B, C] and labels integer [B]; static facts, so it works in a trace."""
+    shape, dtype = np.shape(logits), labels.dtype
+    if len(shape) != 2 or np.shape(labels) != shape[:1]:
+        raise ValueError(
+            f"{function} needs logits [B, C] and labels [B], got {shape} and {np.shape(labels)}. "
+            "For sequences, flatten the positions into the batch first: logits.reshape(-1, C)."
+        )
+    if not np.issubdtype(dtype, np.integer):
+        raise ValueError(f"{function} needs integer labels, got {dtype}. Cast them: labels.astype(jnp.int32).")
+
+
+def check_labels(function: str, labels: Any, num_classes: int) -> None:
+    """Raises ValueError unless `labels` holds integers in 0..C-1: says the first offender's place and value (host only)."""
+    if is_traced(labels):
+        return
+    array = np.asarray(labels)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{function} needs integer labels, got {array.dtype}. Cast them: labels.astype('int32').")
+    bad = np.flatnonzero((array < 0) | (array >= num_classes))
+    if bad.size:
+        raise ValueError(
+            f"{function} needs labels in 0..{num_classes - 1}, got {array[bad[0]]} at position {bad[0]} "
+            f"({bad.size} such labels). Drop these rows or set num_classes={int(array.max()) + 1}."
+        )

@@ -1,0 +1,446 @@
+"""The line of variables, and what hangs on it: Flow, Context, Perturbation, chain, objective, Coordinates, @method.
+
+    x ──► a⁽¹⁾ … a⁽ᴸ⁻¹⁾ ──► u ──► p / y ──► ℓ   ⟶(backward)⟶   h = ∂ℓ/∂u ──► g ──► w
+    input  stem, stages, features  logits  prediction, label  loss           logit_gradient   (optax from here on)
+
+A `Perturbation` is one link at one site of this line. `objective` runs the whole line once per training step: at each site
+the links of that site act on the value in the order of the chain, then the pass goes on from the perturbed value. A link that
+searches (PGD) gets `rest`, the remainder of the pass from its own site, and reruns only that.
+
+This is the only file that knows the whole line; it knows sites and links, and no method.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from perturbjax.checks import check_labels
+from perturbjax.classes import AxisName, wide
+from perturbjax.line import Line, line
+
+TAIL = ("prediction", "label", "loss", "logit_gradient")
+"""The sites after the logits: log softmax(u) [B, C], the targets [B, C], the losses [B], ∂ℓ/∂u [B, C]."""
+
+# Folded into the step's key for the model's own random draws; links fold in their position, which stays far below.
+_MODEL_STREAM = 0x6D6F64
+
+
+class Flow(NamedTuple):
+    """What travels down the line. A link may change the number of samples B in all per-sample fields at once."""
+
+    value: jax.Array  # [B, ...], the value at the current site
+    labels: jax.Array  # [B] int32, the (after mixing: dominant) class, which groups are made of
+    targets: jax.Array  # [B, C], what the loss compares with
+    weights: jax.Array  # [B], factors of the losses
+    index: jax.Array  # [B] int32, position in the data set; noise per sample is keyed by it
+    side: Mapping[str, jax.Array]  # side information of the data, each [B, ...]: domain, group
+    trace: Mapping[str, jax.Array]  # values of earlier sites, after their links
+    extra: Mapping[str, Any]  # what one link leaves for a later one; absent means "do nothing"
+    penalty: jax.Array  # [B], added to the weighted losses at the end
+    stats: Any  # BatchNorm statistics as updated so far: kept by the outer pass, thrown away by `rest`
+
+
+class Context(NamedTuple):
+    """What a link may know besides the flow. `init` sees the first group of fields, `apply` all of them."""
+
+    num_classes: int
+    class_counts: jax.Array | None = None  # [C] training samples of each class
+    num_examples: int | None = None
+    batch_size: int | None = None
+    num_domains: int | None = None
+    axis_name: AxisName = None
+    site: str | None = None  # where this link acts
+    level: Callable[[str], int] | None = None  # number of a site, for layer-scaled bounds (Line.level)
+    site_shapes: Mapping[str, tuple[int, ...]] | None = None  # at init only: shape of a batch's value at each site
+    step: ArrayLike = 0  # optimiser steps taken
+    progress: ArrayLike = 0.0  # step / total steps
+    epoch: ArrayLike = 0
+    key: jax.Array | None = None  # this link's own key, the same in `rest`, in the outer pass and in a second pass
+    variables: Any = None  # the differentiated ones
+    head: Callable[[], tuple[jax.Array, jax.Array]] | None = None  # () -> (W [C, d], b [C])
+    validation: Any = None  # a clean batch, for meta-learning
+
+
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """The rest of the pass from a link's site: later links that only compute are in it, later links that search are not."""
+
+    _run: Callable[[jax.Array, jax.Array | None], tuple[jax.Array, Flow]]
+
+    def __call__(self, value: jax.Array) -> jax.Array:
+        """Losses [B] of the value at this site [B, ...]."""
+        return self._run(value, None)[0]
+
+    def flow(self, value: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, Flow]:
+        """(losses [B], the flow at the end), which has the logits in its trace. `key` gives another random draw."""
+        return self._run(value, key)
+
+
+class Perturbation(NamedTuple):
+    """One link: at `site`, `apply(flow, rest, state, context) -> (flow, state, metrics)`."""
+
+    site: str  # a site of the model, "last_stage", or one of TAIL
+    init: Callable[[Context], Any]
+    apply: Callable[[Flow, Rest, Any, Context], tuple[Flow, Any, dict[str, jax.Array]]]
+    search: bool = False  # reruns the rest of the pass: left out of the rest of earlier links, so that costs add up
+    needs: tuple[str, ...] = ()  # sites the trace must hold, and "head" or "class_counts": checked before training
+    name: str = ""  # of the method it belongs to, for metrics and messages; set by @method
+
+
+Chain = tuple[Perturbation, ...]
+
+
+def chain(*methods: Perturbation | tuple) -> Chain:
+    """Composes perturbations: links act in the order of the line, those at one site in the order given.
+
+    >>> import perturbjax as pj
+    >>> [link.site for link in pj.chain(pj.lpl(), pj.mixup())]
+    ['logits', 'input']
+    """
+    links: list[Perturbation] = []
+    for made in methods:
+        if isinstance(made, Perturbation):
+            links.append(made)
+        elif isinstance(made, tuple) and not hasattr(made, "update"):
+            links.extend(chain(*made))
+        else:
+            raise ValueError(
+                f"chain needs perturbations of the loss, got {type(made).__name__}. "
+                "Gradient and parameter links belong to the optimiser: optax.chain(link, optax.sgd(0.1))."
+            )
+    return tuple(links)
+
+
+def ce() -> Chain:
+    """Plain cross entropy: the empty chain."""
+    return ()
+
+
+class Batch(NamedTuple):
+    """One batch of training data; `batch(...)` fills in what is left out."""
+
+    inputs: jax.Array  # [B, ...]
+    labels: jax.Array  # [B] int32
+    targets: jax.Array | None = None  # [B, C]; None: one-hot labels
+    weights: jax.Array | None = None  # [B]; None: ones
+    index: jax.Array | None = None  # [B]; None: 0..B-1
+    side: Mapping[str, jax.Array] = {}
+
+
+def batch(inputs: jax.Array, labels: jax.Array, *, num_classes: int | None = None, **fields: Any) -> Batch:
+    """A Batch, with its labels checked where they can be seen (outside jit) if `num_classes` is given."""
+    if num_classes is not None:
+        check_labels("batch", labels, num_classes)
+    return Batch(jnp.asarray(inputs), jnp.asarray(labels), **fields)
+
+
+class Output(NamedTuple):
+    """What a pass returns beside the loss."""
+
+    states: tuple  # of the links, for the next step
+    stats: Any  # new BatchNorm statistics
+    metrics: dict[str, jax.Array]  # "method/name" -> scalar
+    losses: jax.Array  # [B] with weights and penalty, whose mean is the loss
+    logits: jax.Array  # [B, C] after the links
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A model and a chain as one loss function, for `jax.value_and_grad(objective, has_aux=True)`. Made by `objective`."""
+
+    line: Line
+    links: Chain
+    context: Context
+
+    def init(self, variables: Any, inputs: jax.Array, *, stats: Any = None) -> tuple:
+        """States of all links, for a batch like `inputs` [B, ...] (only shape and dtype matter)."""
+        shapes = {"input": tuple(inputs.shape)}
+        value: Any = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
+        for start, stop in zip(self.line.sites, self.line.sites[1:], strict=False):
+            value, _ = jax.eval_shape(
+                lambda v, x, s, start=start, stop=stop: self.line.slice(v, x, start, stop, stats=s, train=False, key=None),
+                variables, value, stats,
+            )  # fmt: skip
+            shapes[stop] = tuple(value.shape)
+        if shapes["logits"] != (inputs.shape[0], self.context.num_classes):
+            raise ValueError(
+                f"objective needs logits [B, num_classes] = {(inputs.shape[0], self.context.num_classes)}, "
+                f"got {shapes['logits']} from the model. Set num_classes to the number of the model's outputs."
+            )
+        context = self.context._replace(site_shapes=shapes, batch_size=inputs.shape[0], level=self.line.level)
+        return tuple(link.init(context._replace(site=link.site)) for link in self.links)
+
+    def __call__(
+        self,
+        variables: Any,
+        states: tuple,
+        data: Batch,
+        *,
+        key: jax.Array | None = None,
+        step: ArrayLike = 0,
+        progress: ArrayLike = 0.0,
+        epoch: ArrayLike = 0,
+        stats: Any = None,
+        weights: ArrayLike | None = None,
+        validation: Any = None,
+        train: bool = True,
+    ) -> tuple[jax.Array, Output]:
+        """(mean over the batch of weight · loss + penalty, Output).
+
+        Args:
+          variables: what is differentiated (the "params" of a Flax model).
+          states: of the links, from `init` or the last Output.
+          data: a Batch.
+          key: typed PRNG key of this step; the same key gives the same masks and mixing pairs. None: key 0.
+          step, progress, epoch: where training stands, for schedules and running statistics (numbers, may be traced).
+          stats: BatchNorm statistics.
+          weights: [B], multiplied into the sample weights (class- or domain-wise gradients of one batch).
+          validation: a clean batch for links that learn from one.
+          train: False runs BatchNorm and the model's dropout in evaluation mode.
+        """
+        labels = jnp.asarray(data.labels)
+        count, num_classes = labels.shape[0], self.context.num_classes
+        ones = jnp.ones([count], jnp.float32)
+        flow = Flow(
+            value=data.inputs,
+            labels=labels,
+            targets=jax.nn.one_hot(labels, num_classes, dtype=jnp.float32) if data.targets is None else data.targets,
+            weights=(ones if data.weights is None else data.weights) * (ones if weights is None else weights),
+            index=jnp.arange(count, dtype=jnp.int32) if data.index is None else data.index,
+            side=data.side,
+            trace={},
+            extra={},
+            penalty=jnp.zeros([count], jnp.float32),
+            stats=stats,
+        )
+        context = self.context._replace(
+            batch_size=count, level=self.line.level, step=step, progress=progress, epoch=epoch,
+            key=jax.random.key(0) if key is None else key, variables=variables, validation=validation,
+            head=None if self.line.head is None else functools.partial(self.line.head, variables),
+        )  # fmt: skip
+        flow, states, metrics = _Pass(self.line, self.links, tuple(states), context, train).run(flow)
+        losses = flow.weights.astype(flow.value.dtype) * flow.value + flow.penalty.astype(flow.value.dtype)
+        return losses.mean(), Output(states, flow.stats, metrics, losses, flow.trace["logits"])
+
+
+def objective(
+    model: Any,
+    links: Perturbation | tuple = (),
+    *,
+    num_classes: int,
+    class_counts: ArrayLike | None = None,
+    num_examples: int | None = None,
+    num_domains: int | None = None,
+    axis_name: AxisName = None,
+) -> Objective:
+    """The perturbed loss of a model as one pure function.
+
+    Args:
+      model: a `Line`, or anything `line` takes.
+      links: what `chain` returns, one perturbation, or () for plain cross entropy.
+      num_classes: C.
+      class_counts: [C] training samples of each class, for the methods that need them.
+      num_examples: size of the training set, for the methods that keep a table by sample.
+      num_domains: for domain generalization.
+      axis_name: mapped axis of per-device code (pmap, shard_map); None under jit, sharded or not.
+
+    Raises:
+      ValueError: an unknown site (lists those there are), class counts missing or of the wrong length, or something else that
+        a link needs and this model or call does not give.
+    """
+    made, links = line(model), chain(links)
+    links = tuple(link if link.site in TAIL else link._replace(site=made.site(link.site)) for link in links)
+    given = {"head"} if made.head is not None else set()
+    given |= {"class_counts"} if class_counts is not None else set()
+    for link in links:
+        for need in link.needs:
+            if need not in given and need not in made.sites:
+                how = {
+                    "head": "Give pj.line(..., head=lambda variables: (W, b)).",
+                    "class_counts": "Pass class_counts= (numpy.bincount(labels, minlength=C)).",
+                }.get(need, f"The model's sites are {', '.join(made.sites)}: cut it there with pj.line.")
+                raise ValueError(f"{link.name or 'link'} needs {need!r}, got none. {how}")
+    if num_classes < 2:
+        raise ValueError(f"objective needs num_classes >= 2, got {num_classes}. With one class there is nothing to learn.")
+    if class_counts is not None:
+        class_counts = jnp.asarray(class_counts)
+        if class_counts.shape != (num_classes,):
+            raise ValueError(
+                f"objective needs class_counts of shape ({num_classes},), got {class_counts.shape}. "
+                "Count with numpy.bincount(labels, minlength=num_classes)."
+            )
+    return Objective(made, links, Context(num_classes, class_counts, num_examples, None, num_domains, axis_name))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One walk down the line, with everything that does not change on the way."""
+
+    line: Line
+    links: Chain
+    states: tuple
+    context: Context
+    train: bool
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return self.line.sites + TAIL[:-1]
+
+    def run(self, flow: Flow) -> tuple[Flow, tuple, dict]:
+        """The outer pass, which keeps states, statistics and metrics; then the links at the logit gradient."""
+        states, metrics = list(self.states), {}
+        keep = lambda i, state, found: (states.__setitem__(i, state), _collect(metrics, self.links[i].name, found))
+        at_logits = self._walk(flow, 0, 0, self.context.key, keep, stop=len(self.line.sites))
+        flow = self._walk(at_logits, len(self.line.sites), 0, self.context.key, keep, enter=True)
+        if any(link.site == "logit_gradient" for link in self.links):
+            flow = self._perturb_logit_gradient(at_logits, flow, keep)
+        return flow, tuple(states), metrics
+
+    def _walk(self, flow, start, first_link, key, keep=None, *, stop=None, enter=False):
+        """Runs the flow from stop number `start` on. `keep` takes new states and metrics (None: inside a rest).
+
+        Links of `start` with a number below `first_link` are done already; `enter` moves to `start` from the site before.
+        """
+        stops = self.stops[: stop or len(self.stops)]
+        for number in range(start, len(stops)):
+            if number > start or enter:
+                flow = self._enter(flow, stops[number - 1], stops[number], key)
+            for i, link in enumerate(self.links):
+                begun = number == start and i < first_link
+                if link.site != stops[number] or begun or (keep is None and link.search):
+                    continue
+                flow, state, found = link.apply(flow, self._rest(flow, number, i + 1, key), self.states[i], self._of(i, key))
+                if keep is not None:
+                    keep(i, state, found)
+            flow = self._leave(flow, stops[number])
+        return flow
+
+    def _of(self, i: int, key: jax.Array) -> Context:
+        return self.context._replace(key=jax.random.fold_in(key, i), site=self.links[i].site)
+
+    def _rest(self, flow: Flow, number: int, first_link: int, key: jax.Array) -> Rest:
+        def run(value, other_key):
+            end = self._walk(flow._replace(value=value), number, first_link, key if other_key is None else other_key)
+            return end.value, end
+
+        return Rest(run)
+
+    def _enter(self, flow: Flow, before: str, site: str, key: jax.Array) -> Flow:
+        """Moves the flow from one site to the next one."""
+        if site == "prediction":
+            return flow._replace(value=jax.nn.log_softmax(flow.value, axis=-1))
+        if site == "label":
+            return flow._replace(value=flow.targets.astype(flow.value.dtype))
+        if site == "loss":
+            return flow._replace(value=-jnp.sum(flow.targets * flow.trace["prediction"], axis=-1))
+        model_key = jax.random.fold_in(key, _MODEL_STREAM)
+        value, stats = self.line.slice(
+            self.context.variables, flow.value, before, site, stats=flow.stats, train=self.train, key=model_key
+        )
+        return flow._replace(value=wide(value) if site == "logits" else value, stats=stats)
+
+    def _leave(self, flow: Flow, site: str) -> Flow:
+        if site == "label":
+            flow = flow._replace(targets=flow.value)
+        return flow._replace(trace={**flow.trace, site: flow.value})
+
+    def _perturb_logit_gradient(self, at_logits: Flow, end: Flow, keep) -> Flow:
+        """Adds h̃ − h to the cotangent of the logits u: ℓ + ⟨δ, u⟩ − sg⟨δ, u⟩ with δ constant, whose value is ℓ exactly."""
+        u = at_logits.trace["logits"]
+
+        def total(value):
+            moved = at_logits._replace(value=value, trace={**at_logits.trace, "logits": value})
+            return self._walk(moved, len(self.line.sites), 0, self.context.key, enter=True).value.sum()
+
+        flow = end._replace(value=jax.lax.stop_gradient(jax.grad(total)(jax.lax.stop_gradient(u))))
+        before = flow.value
+        for i, link in enumerate(self.links):
+            if link.site == "logit_gradient":
+                none = Rest(lambda value, key: (end.value, end))  # the losses don't depend on their own gradient
+                flow, state, found = link.apply(flow, none, self.states[i], self._of(i, self.context.key))
+                keep(i, state, found)
+        delta = jax.lax.stop_gradient(flow.value - before)
+        along = jnp.sum(delta * u, axis=-1)
+        return flow._replace(value=end.value + (along - jax.lax.stop_gradient(along)))
+
+
+def _collect(metrics: dict, name: str, found: Mapping[str, jax.Array]) -> None:
+    """Adds a link's metrics under its method's name; a second link of the same method adds to the first one's counts."""
+    for key, value in found.items():
+        full = f"{name}/{key}" if name else key
+        metrics[full] = metrics[full] + value if full in metrics and key == "inner_evaluations" else value
+
+
+def per_sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
+    """One key per sample [B], by its position in the data set: the same draw on any number of devices."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+class Coordinates(NamedTuple):
+    """Where a method stands in the taxonomy (section 4): what is perturbed, which way the loss goes, how, for whom."""
+
+    target: tuple[str, ...]
+    direction: tuple[int, ...]  # of +1 (raises the loss) and -1 (lowers it); () where there is no fixed sign
+    inference: str
+    granularity: tuple[str, ...]
+
+
+TARGETS = ("feature", "activation", "logit", "label", "loss", "logit gradient", "gradient", "parameter")
+INFERENCES = ("prior", "hyper-parameter", "regularised", "meta", "adversarial")
+GRANULARITIES = ("sample", "category", "corpus")
+
+
+def method(
+    *,
+    target: str | tuple[str, ...],
+    direction: tuple[int, ...],
+    inference: str,
+    granularity: str | tuple[str, ...],
+    cite: str,
+    off: Mapping[str, Any] | None,
+    alias: str | None = None,
+    resolve_structure: Callable[[dict], dict] | None = None,
+) -> Callable[[Callable], Callable]:
+    """Registers a factory: gives it its coordinates, which the table, the command line and the contract tests read.
+
+    Args:
+      target, direction, inference, granularity: see Coordinates; several targets or granularities as a tuple.
+      cite: "Author et al., Venue year".
+      off: the settings that are plain training, bit for bit; None where there are none (mixup, PUGD).
+      alias: short name on the command line.
+      resolve_structure: settings as numbers -> further settings that fix the shape of the computation (a loop's length), for
+        callers that trace the numbers afterwards.
+    """
+    tuple_of = lambda x: (x,) if isinstance(x, str) else tuple(x)
+    coordinates = Coordinates(tuple_of(target), tuple(direction), inference, tuple_of(granularity))
+    for value, known in [*((t, TARGETS) for t in coordinates.target), (inference, INFERENCES)] + [
+        (g, GRANULARITIES) for g in coordinates.granularity
+    ]:
+        if value not in known:
+            raise ValueError(f"method needs coordinates out of {known}, got {value!r}.")
+
+    def wrap(factory: Callable) -> Callable:
+        @functools.wraps(factory)
+        def make(**settings):
+            return _named(factory(**settings), factory.__name__)
+
+        make.coordinates, make.cite, make.off, make.alias = coordinates, cite, off, alias
+        if resolve_structure is not None:
+            make.resolve_structure = resolve_structure
+        return make
+
+    return wrap
+
+
+def _named(made: Any, name: str) -> Any:
+    if isinstance(made, Perturbation):
+        return made._replace(name=name)
+    if type(made) is tuple:
+        return tuple(_named(link, name) for link in made)
+    return made
+

@@ -1,0 +1,1 @@
+"""Perturbations of the input, or of an activation treated as one."""

@@ -1,0 +1,50 @@
+r"""Mixup: convex combinations of pairs of inputs and of their labels.
+
+    x̃_i = λ x_i + (1 − λ) x_j,   ỹ_i = λ y_i + (1 − λ) y_j,   λ ~ Beta(α, α) once per batch, j a permutation of the batch
+
+As a perturbation of the feature: (1 − λ)(x_j − x_i). λ is replaced by max(λ, 1 − λ), which changes nothing in distribution (pairs
+swap roles) and keeps `labels` the dominant class. Source: Zhang et al., "mixup", ICLR 2018.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from perturbjax.checks import check_number
+from perturbjax.core import Context, Flow, Perturbation, Rest, method
+
+
+def draw_mixing(key: jax.Array, batch_size: int, *, alpha: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """(λ in [1/2, 1], partner of each sample [B]); a batch mixes with a permutation of itself."""
+    weight_key, pair_key = jax.random.split(key)
+    weight = jax.random.beta(weight_key, alpha, alpha)
+    return jnp.maximum(weight, 1 - weight), jax.random.permutation(pair_key, batch_size)
+
+
+def mix(values: jax.Array, weight: ArrayLike, partner: jax.Array) -> jax.Array:
+    """λ·values + (1 − λ)·values[partner], for values [B, ...].
+
+    >>> print(mix(jnp.array([0.0, 1.0]), 0.75, jnp.array([1, 0])))
+    [0.25 0.75]
+    """
+    weight = jnp.asarray(weight, values.dtype)
+    return weight * values + (1 - weight) * values[partner]
+
+
+@method(
+    target=("feature", "label"), direction=(), inference="prior", granularity="sample",
+    cite="Zhang et al., ICLR 2018", off=None,
+)  # fmt: skip
+def mixup(*, alpha: ArrayLike = 1.0, site: str = "input") -> Perturbation:
+    """Mixup with λ ~ Beta(alpha, alpha), at the input or at one named site. Per-device code mixes within each device's batch."""
+    check_number("mixup", low=0, open_low=True, alpha=alpha)
+
+    def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
+        weight, partner = draw_mixing(context.key, flow.labels.shape[0], alpha=alpha)
+        return (
+            flow._replace(value=mix(flow.value, weight, partner), targets=mix(flow.targets, weight, partner)),
+            state,
+            {"weight": weight},
+        )
+
+    return Perturbation(site, lambda context: (), apply)

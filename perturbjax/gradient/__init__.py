@@ -1,0 +1,1 @@
+"""Perturbations of logit gradients (links of the loss) and of parameter gradients (links of the optimiser)."""

@@ -1,0 +1,1 @@
+"""How a delta is found: by projected gradient steps (`pgd`)."""

@@ -1,0 +1,116 @@
+"""The model as a line of named sites, so that any stretch of it can be run alone.
+
+    input ──► stem ──► stage1 … stageN ──► features ──► logits
+
+A perturbation at a site reruns only what stands after it; that needs no hooks, only a model that can be entered and left
+at named places. The models of `perturbjax.models` can; `line` does the same for anyone's own.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from perturbjax.checks import check_choice
+
+Variables = Any
+Stats = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A model cut at named sites."""
+
+    sites: tuple[str, ...]
+    """Names from "input" to "logits", in the order of the forward pass."""
+    slice: Callable[..., tuple[jax.Array, Stats]]
+    """(variables, value, start, stop, *, stats, train, key) -> (value at `stop`, statistics with that stretch's updated)."""
+    head: Callable[[Variables], tuple[jax.Array, jax.Array]] | None = None
+    """variables -> (W [C, d], b [C]) of the last linear layer; None if unknown."""
+
+    def site(self, name: str) -> str:
+        """The site's own name: itself, or the last stage for "last_stage". Raises ValueError for an unknown one."""
+        if name == "last_stage":
+            stages = [s for s in self.sites if s.startswith("stage")]
+            if not stages:
+                raise ValueError(
+                    f"line needs a site named 'stage…' for site='last_stage', got the sites {', '.join(self.sites)}. "
+                    "Cut the model with pj.line({'stage1': first_part, 'logits': second_part}), or name one of its sites."
+                )
+            return stages[-1]
+        check_choice("line", "site", name, self.sites)
+        return name
+
+    def level(self, name: str) -> int:
+        """Number of a site for layer-scaled bounds: input and stem 0, stage l is l, features the last l, logits the last + 1."""
+        stages = [s for s in self.sites if s.startswith("stage")]
+        if name == "logits":
+            return len(stages) + 1
+        return sum(self.sites.index(s) <= self.sites.index(name) for s in stages)
+
+
+def line(
+    model: Any,
+    *,
+    stateful: bool = False,
+    head: Callable[[Variables], tuple[jax.Array, jax.Array]] | None = None,
+) -> Line:
+    """Turns a model into a `Line`.
+
+    Args:
+      model: one of
+        a Flax linen module with `sites` (those of `perturbjax.models`): variables are its "params", stats its "batch_stats";
+        a function `apply(variables, inputs) -> logits`: a line with the two sites input and logits;
+        a mapping from site to function, in the order of the forward pass, the last one "logits": each function takes
+        (variables, value at the site before) and returns the value at its own site;
+        a Line, which is returned as it is.
+      stateful: the functions take `(variables, value, stats, *, train, key)` and return `(value, stats)`, for models with
+        BatchNorm or their own dropout.
+      head: variables -> (W [C, d], b [C]) of the last layer, for the methods that need the class rows (ISDA).
+
+    >>> two = line({"features": lambda w, x: x @ w["a"], "logits": lambda w, a: a @ w["b"]})
+    >>> two.sites
+    ('input', 'features', 'logits')
+    """
+    if isinstance(model, Line):
+        return model
+    if hasattr(model, "sites") and hasattr(model, "apply"):
+        return _from_module(model)
+    pieces = dict(model) if isinstance(model, Mapping) else {"logits": model}
+    if not pieces or not all(callable(piece) for piece in pieces.values()):
+        raise ValueError(
+            f"line needs a Flax module with sites, a function or a mapping from site to function, got {model!r}. "
+            "For a Flax model without sites write pj.line(model.apply)."
+        )
+    if list(pieces)[-1] != "logits" or "input" in pieces:
+        raise ValueError(
+            f"line needs a mapping that ends with 'logits' and leaves out 'input', got {', '.join(pieces)}. "
+            "Name what each function returns: {'features': body, 'logits': head}."
+        )
+    sites = ("input", *pieces)
+
+    def run_slice(variables, value, start, stop, *, stats=None, train=True, key=None):
+        for name in sites[sites.index(start) + 1 : sites.index(stop) + 1]:
+            if stateful:
+                value, stats = pieces[name](variables, value, stats, train=train, key=key)
+            else:
+                value = pieces[name](variables, value)
+        return value, stats
+
+    return Line(sites, run_slice, head)
+
+
+def _from_module(module: Any) -> Line:
+    def run_slice(variables, value, start, stop, *, stats=None, train=True, key=None):
+        collections = {"params": variables, **({"batch_stats": stats} if stats else {})}
+        rngs = None if key is None else {"dropout": key}
+        options = dict(train=train, start=start, stop=stop)
+        if not (train and stats):
+            return module.apply(collections, value, rngs=rngs, **options), stats
+        # Every slice returns the whole collection, its own part updated: so it goes into the next slice as it is.
+        value, new = module.apply(collections, value, rngs=rngs, mutable=["batch_stats"], **options)
+        return value, new["batch_stats"]
+
+    head = module.head_of if hasattr(module, "head_of") else None
+    return Line(tuple(module.sites), run_slice, head)

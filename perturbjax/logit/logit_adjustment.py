@@ -1,0 +1,52 @@
+r"""Logit adjustment (LA): one shift of the logits for the whole corpus, by the class prior, inside the training loss only.
+
+    u + τ · log π,    π_c = N_c/N
+
+Lowers the losses of frequent classes and raises those of rare ones. Balanced softmax is τ = 1.
+Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021; LPL eqs. 2–4, taxonomy eq. 12.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from perturbjax.checks import check_number, is_traced
+from perturbjax.core import Context, Flow, Perturbation, Rest, method
+
+
+def logit_adjustment_delta(class_counts: ArrayLike, *, tau: ArrayLike = 1.0) -> jax.Array:
+    """τ·log π: [C], to be added to the logits during training.
+
+    Raises:
+      ValueError: a class without samples (log 0).
+
+    >>> print(logit_adjustment_delta(jnp.array([75, 25])).round(3))
+    [-0.288 -1.386]
+    """
+    if not is_traced(class_counts) and (np.asarray(class_counts) <= 0).any():
+        empty = np.flatnonzero(np.asarray(class_counts) <= 0)
+        raise ValueError(
+            f"logit_adjustment needs at least one sample of every class, got none of class {empty[0]}. "
+            "Drop the class, or relabel so that the labels are 0..C-1 without gaps."
+        )
+    counts = jnp.asarray(class_counts, jnp.float32)
+    return tau * jnp.log(counts / counts.sum())
+
+
+@method(
+    target="logit", direction=(+1, -1), inference="prior", granularity="corpus",
+    cite="Menon et al., ICLR 2021", off=dict(tau=0.0), alias="la",
+)  # fmt: skip
+def logit_adjustment(*, tau: ArrayLike = 1.0) -> Perturbation:
+    """LA: adds τ·log π to the logits (τ searched in 0.5…2.5 by the papers). Evaluation uses the plain logits."""
+    check_number("logit_adjustment", tau=tau)
+
+    def init(context: Context) -> jax.Array:
+        return logit_adjustment_delta(context.class_counts)  # log π [C]; here a class without samples is found out
+
+    def apply(flow: Flow, rest: Rest, state: jax.Array, context: Context):
+        shift = (jnp.asarray(tau, state.dtype) * state).astype(flow.value.dtype)
+        return flow._replace(value=flow.value + shift[None]), state, {}
+
+    return Perturbation("logits", init, apply, needs=("class_counts",))

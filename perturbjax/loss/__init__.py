@@ -1,0 +1,1 @@
+"""Perturbations and weightings of the losses."""

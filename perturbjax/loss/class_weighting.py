@@ -1,0 +1,72 @@
+r"""Class weighting: one factor of the loss per class.
+
+    balanced    w_c = N/(C · N_c)
+    effective   w_c ∝ (1 − β)/(1 − β^{N_c}), scaled to sum C          Cui et al., CVPR 2019
+
+The factor belongs to the sample's label and multiplies its whole loss, so smoothed or mixed targets keep their proportions
+(weighting each class's term instead would distort them). Source: King & Zeng 2001 (balanced); Cui et al., CVPR 2019.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from perturbjax.checks import check_choice, check_number, is_traced
+from perturbjax.core import Context, Flow, Perturbation, Rest, method
+
+KINDS = ("none", "balanced", "effective")
+
+
+def class_weights(class_counts: ArrayLike, *, kind: Literal["none", "balanced", "effective"] = "balanced", beta: ArrayLike = 0.9999) -> jax.Array:
+    """w: [C], float32.
+
+    Raises:
+      ValueError: a class without samples.
+
+    >>> print(class_weights(jnp.array([30, 10])).round(3))
+    [0.667 2.   ]
+    """
+    if kind != "none" and not is_traced(class_counts) and (np.asarray(class_counts) <= 0).any():
+        empty = np.flatnonzero(np.asarray(class_counts) <= 0)
+        raise ValueError(f"class_weighting needs samples of every class, got none of class {empty[0]}. Drop the class.")
+    n = jnp.asarray(class_counts, jnp.float32)
+    if kind == "none":
+        return jnp.ones_like(n)
+    if kind == "balanced":
+        return n.sum() / (n.shape[0] * n)
+    # expm1 and log1p keep 1 − β^n exact for β near 1.
+    beta = jnp.asarray(beta, jnp.float32)
+    raw = (1 - beta) / -jnp.expm1(n * jnp.log(beta))
+    return raw * (n.shape[0] / raw.sum())
+
+
+@method(
+    target="loss", direction=(+1, -1), inference="prior", granularity="category",
+    cite="Cui et al., CVPR 2019", off=dict(kind="none"), alias="weighting",
+)  # fmt: skip
+def class_weighting(
+    *,
+    kind: Literal["none", "balanced", "effective"] = "balanced",
+    beta: ArrayLike = 0.9999,
+    weights: tuple[float, ...] | None = None,
+) -> Perturbation:
+    """Multiplies each sample's weight by that of its class: by `kind`, or the given `weights` (C numbers)."""
+    check_choice("class_weighting", "kind", kind, KINDS)
+    check_number("class_weighting", low=0, high=1 - 1e-7, open_low=True, beta=beta)
+    check_number("class_weighting", low=0, weights=weights)
+
+    def init(context: Context) -> jax.Array:
+        if weights is None:
+            return class_weights(context.class_counts, kind=kind, beta=beta)
+        if len(weights) != context.num_classes:
+            raise ValueError(f"class_weighting needs {context.num_classes} weights, got {len(weights)}. Give one per class.")
+        return jnp.asarray(weights, jnp.float32)
+
+    def apply(flow: Flow, rest: Rest, state: jax.Array, context: Context):
+        now = class_weights(context.class_counts, kind=kind, beta=beta) if weights is None else state
+        return flow._replace(weights=flow.weights * now[flow.labels]), state, {}
+
+    return Perturbation("loss", init, apply, needs=("class_counts",) if weights is None else ())

@@ -1,0 +1,1 @@
+"""Perturbations of the point where the gradient is taken: links of the optimiser that need `grad_fn`."""

@@ -1,0 +1,54 @@
+r"""Perturbed unit gradient descent (PUGD).
+
+    ε̂ = |w| ⊙ g/‖|w| ⊙ g‖,    g* = ∇f(w + ρ ε̂),    U = (g* + g)/‖g* + g‖,    w ← w − ηU
+
+Norms run over all parameters together. The link returns U; the learning rate comes after it, as everywhere in optax. Because U
+has length 1, learning rate and weight decay weigh differently than under SGD. Source: Tseng et al., "Perturbed Gradients Updating
+within Unit Space for Deep Learning", IJCNN 2022; RTS draft, eqs. 1–3.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from perturbjax.checks import check_number
+from perturbjax.core import method
+from perturbjax.parameter.ascent import at_step, move, require, unit_tree
+
+
+class PUGDState(NamedTuple):
+    """State of `pugd`."""
+
+    count: jax.Array  # [] int32, steps taken, for schedules
+    evaluations: jax.Array  # [] int32, gradients asked of grad_fn so far
+
+
+def pugd_ascent(params: optax.Params, grads: optax.Updates) -> optax.Updates:
+    """ε̂ = |w| ⊙ g/‖|w| ⊙ g‖, of length 1 over all parameters; zero where w or g is zero."""
+    return unit_tree(jax.tree.map(lambda w, g: jnp.abs(w).astype(g.dtype) * g, params, grads))
+
+
+@method(
+    target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
+    cite="Tseng et al., IJCNN 2022", off=None,
+)  # fmt: skip
+def pugd(*, radius: optax.ScalarOrSchedule = 1.0) -> optax.GradientTransformationExtraArgs:
+    """An optax link; ρ = `radius` is a number or a schedule, 0 gives the unit gradient. Costs one more gradient a step.
+
+    `update` takes `grad_fn=`: parameters -> gradients of the same batch's loss, already averaged over devices.
+    """
+    if not callable(radius):
+        check_number("pugd", low=0, radius=radius)
+
+    def init(params):
+        return PUGDState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, *, grad_fn=None, **extra_args):
+        require("pugd", params, grad_fn)
+        moved = move(params, pugd_ascent(params, updates), at_step(radius, state.count))
+        total = jax.tree.map(jnp.add, grad_fn(moved), updates)
+        return unit_tree(total), PUGDState(optax.safe_increment(state.count), state.evaluations + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
