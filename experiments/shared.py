@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import pathlib
 import platform
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +76,7 @@ def first_flags(argv: Sequence[str], settings: type, epilogue: str) -> Any:
 
     argv = list(argv)
     if "--list" in argv:
-        print_methods(registry_of(value_of(argv, "--plugin")))
+        print_methods(taxonomy.registry(value_of(argv, "--plugin")))
         raise SystemExit(0)
     defaults: dict[str, Any] = {}
     smoke = "--smoke" in argv
@@ -119,39 +119,7 @@ def read_config(name: str) -> dict[str, Any]:
     known = sorted(path.stem for path in CONFIGS.glob("*.py"))
     if name not in known:
         raise ValueError(f"--config needs a file of experiments/configs, got {name!r}. {nearest(name, known)}")
-    return dict(load_module(CONFIGS / f"{name}.py").config())
-
-
-def load_module(path: pathlib.Path) -> Any:
-    """A Python file as a module."""
-    if not path.is_file():
-        raise ValueError(f"plugin needs a Python file, got {str(path)!r}, which isn't there. Check the path.")
-    found = importlib.util.spec_from_file_location(f"perturbjax_plugin_{path.stem}", path)
-    module = importlib.util.module_from_spec(found)
-    sys.modules[module.__name__] = module
-    found.loader.exec_module(module)
-    return module
-
-
-@functools.cache
-def plugin_methods(path: str) -> dict[str, Callable]:
-    """The methods of a plugin file: everything in it with coordinates that the package does not have."""
-    own = {
-        name: value
-        for name, value in vars(load_module(pathlib.Path(path))).items()
-        if hasattr(value, "coordinates") and value not in taxonomy.methods().values()
-    }
-    if not own:
-        raise ValueError(f"plugin {path} needs at least one function under @pj.method(...), got none.")
-    return own | {f.alias: f for f in own.values() if f.alias}
-
-
-def registry_of(plugins: Sequence[str]) -> dict[str, Callable]:
-    """All methods by name and short name, those of the plugins included."""
-    found = taxonomy.registry()
-    for path in plugins:
-        found |= plugin_methods(path)
-    return found
+    return dict(runpy.run_path(str(CONFIGS / f"{name}.py"))["config"]())
 
 
 def print_methods(registry: Mapping[str, Callable]) -> None:
@@ -179,13 +147,13 @@ class Method:
 
     def __call__(self, numbers: Any) -> tuple:
         """The perturbations and optax links for these numbers."""
-        made = spec.build(self.structure, numbers, registry_of(self.plugins), taxonomy.helpers())
+        made = spec.build(self.structure, numbers, taxonomy.registry(self.plugins), taxonomy.helpers())
         return tuple(one for one in made if one != ())
 
 
 def parse_methods(text: str, plugins: tuple[str, ...] = ()) -> dict[str, tuple[Method, tuple]]:
     """Methods by their name as typed: (structure, numbers). Unknown names and settings are errors with the nearest valid one."""
-    registry, helpers, found = registry_of(plugins), taxonomy.helpers(), {}
+    registry, helpers, found = taxonomy.registry(plugins), taxonomy.helpers(), {}
     for typed, chain in spec.parse_list(text):
         if typed in found:
             raise ValueError(f"--methods needs every method once, got {typed!r} twice. Remove one of them.")

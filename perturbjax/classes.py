@@ -5,7 +5,7 @@ and counts are added over devices, then divided, so that devices with unequal sh
 batch gets zeros. Labels outside 0..C-1 (padding) belong to no class.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,14 @@ from jax.typing import ArrayLike
 AxisName = str | tuple[str, ...] | None
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """float64 for float64, float32 for everything else (narrower floats, integers, bool)."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def wide(x: jax.Array) -> jax.Array:
     """x in at least float32: bfloat16 and integers become float32, float64 stays."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(at_least_float32(x.dtype))
 
 
 def class_sum(values: jax.Array, labels: jax.Array, num_classes: int, *, axis_name: AxisName = None) -> jax.Array:

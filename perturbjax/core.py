@@ -345,6 +345,10 @@ class _Pass:
         return flow._replace(value=wide(value) if site == "logits" else value, stats=stats)
 
     def _leave(self, flow: Flow, site: str) -> Flow:
+        if site == "logits" or site in TAIL:
+            # Keeps what the links here compute out of the loops that XLA fuses before and after, forward and backward: it would
+            # round those differently, and a link that is switched off would not be plain training bit for bit.
+            flow = flow._replace(value=jax.lax.optimization_barrier(flow.value))
         if site == "label":
             flow = flow._replace(targets=flow.value)
         return flow._replace(trace={**flow.trace, site: flow.value})

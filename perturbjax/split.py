@@ -244,7 +244,7 @@ def _threshold(tau: Any, values: jax.Array, seen: jax.Array) -> jax.Array:
     if not isinstance(tau, str):
         return jnp.asarray(tau, jnp.float32)
     if tau == "mean":
-        return jnp.sum(values * seen) / jnp.maximum(seen.sum(), 1).astype(jnp.float32)
+        return jnp.sum(jnp.where(seen, values, 0)) / jnp.maximum(seen.sum(), 1).astype(jnp.float32)
     return jnp.nan_to_num(jnp.nanmedian(jnp.where(seen, values, jnp.nan)))
 
 

@@ -1,27 +1,55 @@
 """The taxonomy of learning with perturbation, read off the methods themselves.
 
-    python -m perturbjax.taxonomy [--format text|markdown|json]
+    python -m perturbjax.taxonomy [--format text|markdown|json] [--plugin my_method.py]
 
 Rows are targets and granularities, columns inference manners (taxonomy paper, Table 1 and section 4); the sign after a name is
 the direction: + raises the loss, − lowers it, ± both, · none fixed. A cell that is empty is a method nobody has written here yet.
 """
 
 import argparse
+import functools
+import importlib.util
 import json
-from collections.abc import Callable, Mapping
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import perturbjax
 from perturbjax.core import GRANULARITIES, INFERENCES, TARGETS
 
 
-def methods() -> dict[str, Callable]:
-    """Every exported method by its name, in the order of the forward and backward pass; `ce` is the empty chain."""
-    return {"ce": perturbjax.ce, **{f.__name__: f for f in vars(perturbjax).values() if hasattr(f, "coordinates")}}
+def methods(plugins: Sequence[str] = ()) -> dict[str, Callable]:
+    """Every exported method by its name, in the order of the forward and backward pass; `ce` is the empty chain.
+
+    Args:
+      plugins: paths of Python files with methods of your own (functions under @pj.method), which come last.
+    """
+    own = [f for f in vars(perturbjax).values() if hasattr(f, "coordinates")]
+    own.sort(key=lambda f: TARGETS.index(f.coordinates.target[0]))
+    found = {"ce": perturbjax.ce, **{f.__name__: f for f in own}}
+    for path in plugins:
+        found |= _plugin(str(path))
+    return found
 
 
-def registry() -> dict[str, Callable]:
+@functools.cache
+def _plugin(path: str) -> dict[str, Callable]:
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"plugin needs a Python file, got {path!r}, which isn't there. Check the path.")
+    spec = importlib.util.spec_from_file_location(f"perturbjax_plugin_{pathlib.Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)
+    # Its own functions only: a plugin may import methods of the package to build on.
+    own = [f for f in vars(module).values() if hasattr(f, "coordinates") and f.__module__ == module.__name__]
+    if not own:
+        raise ValueError(f"plugin needs at least one function under @pj.method(...), got none in {path}. Decorate yours.")
+    return {f.__name__: f for f in own}
+
+
+def registry(plugins: Sequence[str] = ()) -> dict[str, Callable]:
     """Every method by its name and by its short name on the command line."""
-    found = methods()
+    found = methods(plugins)
     return found | {f.alias: f for f in found.values() if getattr(f, "alias", None)}
 
 
@@ -62,8 +90,9 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def describe() -> list[dict]:
+def describe(found: Mapping[str, Callable] | None = None) -> list[dict]:
     """Coordinates, source and first line of the docstring of every method."""
+    found = methods() if found is None else found
     return [
         {
             "name": name,
@@ -72,23 +101,25 @@ def describe() -> list[dict]:
             "cite": factory.cite,
             "summary": factory.__doc__.strip().splitlines()[0],
         }
-        for name, factory in methods().items()
+        for name, factory in found.items()
         if hasattr(factory, "coordinates")
     ]
 
 
 def _print_text(rows: list[dict]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title="Learning with perturbation: what is here")
+    # Narrow enough for 80 columns with the longest name there is.
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    broken = {"hyper-parameter": "hyper-\nparameter", "regularised": "regular-\nised", "adversarial": "adver-\nsarial"}
     for head in ("target", "granularity", *INFERENCES):
-        shown.add_column(head.replace("hyper-parameter", "hyper-par."))
+        shown.add_column(broken.get(head, head))
     for i, row in enumerate(rows):
         first = i == 0 or rows[i - 1]["target"] != row["target"]
-        last = i + 1 == len(rows) or rows[i + 1]["target"] != row["target"]
-        cells = ["\n".join(row[i]) for i in INFERENCES]
-        shown.add_row(row["target"] if first else "", row["granularity"], *cells, end_section=last)
+        cells = ["\n".join(row[inference]) for inference in INFERENCES]
+        shown.add_row(row["target"] if first else "", row["granularity"], *cells)
     console = Console()
     console.print(shown)
     console.print("+ raises the loss, − lowers it, ± both, · no fixed sign")
@@ -98,14 +129,19 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m perturbjax.taxonomy", description="The taxonomy table of the methods here.")
     parser.add_argument("--format", choices=("text", "markdown", "json"), default="text")
-    chosen = parser.parse_args().format
-    rows = table()
-    if chosen == "text":
+    parser.add_argument("--plugin", action="append", default=[], help="a Python file with methods of your own")
+    chosen = parser.parse_args()
+    try:
+        found = methods(chosen.plugin)
+    except ValueError as error:
+        parser.error(str(error))
+    rows = table(found)
+    if chosen.format == "text":
         _print_text(rows)
-    elif chosen == "markdown":
+    elif chosen.format == "markdown":
         print(markdown(rows))
     else:
-        print(json.dumps({"table": rows, "methods": describe()}, indent=2, ensure_ascii=False))
+        print(json.dumps({"table": rows, "methods": describe(found)}, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

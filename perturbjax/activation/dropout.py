@@ -18,7 +18,7 @@ def dropout_mask(key: jax.Array, index: jax.Array, shape: tuple[int, ...], *, ra
     """m/(1 − rate): [B, *shape], float32; 0 or 1/(1 − rate)."""
     keep = 1 - jnp.asarray(rate, jnp.float32)
     kept = jax.vmap(lambda k: jax.random.bernoulli(k, keep, shape))(per_sample_keys(key, index))
-    return kept / keep
+    return kept.astype(jnp.float32) / keep
 
 
 @method(
@@ -26,7 +26,7 @@ def dropout_mask(key: jax.Array, index: jax.Array, shape: tuple[int, ...], *, ra
     cite="Srivastava et al., JMLR 2014", off=dict(rate=0.0),
 )  # fmt: skip
 def dropout(*, rate: ArrayLike = 0.5, site: str = "features") -> Perturbation:
-    """Dropout of the activation at `site` (0.5 before the head, 0.2…0.3 inside networks)."""
+    """Dropout with probability `rate` of the activation at `site` (0.5 before the head, 0.2…0.3 inside networks)."""
     check_number("dropout", low=0, high=0.999, rate=rate)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):

@@ -13,7 +13,7 @@ from perturbjax.checks import check_number
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 from perturbjax.feature.mixup import draw_mixing, mix
 
-_DRAW = "manifold_mixup"  # in flow.extra: the batch's site, λ and pairs, drawn by the first link for all
+_DRAW = "manifold_mixup"  # in flow.extra: the batch's site, λ and pairs, drawn for all by the link that comes first
 
 
 @method(
@@ -23,14 +23,17 @@ _DRAW = "manifold_mixup"  # in flow.extra: the batch's site, λ and pairs, drawn
 def manifold_mixup(
     *, alpha: ArrayLike = 2.0, sites: tuple[str, ...] = ("input", "stage1", "stage2")
 ) -> tuple[Perturbation, ...]:
-    """Manifold mixup over `sites`, given in the order of the forward pass; one link for each."""
+    """Manifold mixup with λ ~ Beta(alpha, alpha) at one of `sites`, drawn for each batch.
+
+    Per-device code mixes within each device's batch, as in `mixup`.
+    """
     check_number("manifold_mixup", low=0, open_low=True, alpha=alpha)
-    if not sites:
-        raise ValueError("manifold_mixup needs at least one site, got none. Write sites=('input', 'stage1').")
+    if not sites or isinstance(sites, str):
+        raise ValueError(f"manifold_mixup needs a tuple of sites, got {sites!r}. Write sites=('input', 'stage1').")
 
     def link(number: int, site: str) -> Perturbation:
         def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-            if number == 0:
+            if _DRAW not in flow.extra:
                 site_key, mix_key = jax.random.split(context.key)
                 drawn = (jax.random.randint(site_key, [], 0, len(sites)), *draw_mixing(mix_key, flow.labels.shape[0], alpha=alpha))
                 flow = flow._replace(extra={**flow.extra, _DRAW: drawn})

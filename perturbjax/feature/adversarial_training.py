@@ -36,6 +36,7 @@ def adversarial_training(
     norm: Norm = "linf",
     step: Literal["sign", "unit", "raw"] = "sign",
     site: str = "input",
+    value_range: tuple[float, float] | None = (0.0, 1.0),
     random_starts: bool = True,
 ) -> Perturbation:
     """AT with `num_steps` steps of PGD on every sample.
@@ -46,22 +47,24 @@ def adversarial_training(
       num_steps: K.
       norm: "linf", "l2" (then take step="unit") or "l1" ball.
       step: "sign", "unit" or "raw" steps.
-      site: "input", which keeps pixels in [0, 1], or any other site.
+      site: "input" or any other site.
+      value_range: what the perturbed input is clipped to; None for inputs that are no pixels of [0, 1]. Other sites: no clipping.
       random_starts: start from a random point, drawn by each sample's position in the data set, instead of zero.
 
     Metrics: inner_evaluations.
     """
     check_number("adversarial_training", low=0, bound=bound, step_size=step_size, num_steps=num_steps)
     check_choice("adversarial_training", "norm", norm, NORMS)
-    if site == "input":
-        check_number("adversarial_training", high=1 if norm == "linf" else jnp.inf, bound=bound)
+    clip_to = value_range if site == "input" else None
+    if clip_to == (0.0, 1.0) and norm == "linf":
+        check_number("adversarial_training", high=1, bound=bound)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         shape, count = flow.value.shape[1:], flow.labels.shape[0]
         start = random_start(context.key, flow.index, shape, bound=bound, norm=norm) if random_starts else None
         delta, _ = pgd(
             rest, flow.value, None, count, step_size=step_size, num_steps=num_steps, bound=bound, step=step, norm=norm,
-            start=start, value_range=(0.0, 1.0) if site == "input" else None, axis_name=context.axis_name,
+            start=start, value_range=clip_to, axis_name=context.axis_name,
         )  # fmt: skip
         return flow._replace(value=flow.value + delta), state, {"inner_evaluations": jnp.int32(num_steps)}
 

@@ -34,7 +34,7 @@ def lpg_delta(
     clamp: bool = True,
     axis_name: AxisName = None,
 ) -> jax.Array:
-    """h̃ − h: [B, C], a constant for the gradient.
+    """h̃ − h: [B, C], in at least float32, a constant for the gradient; zero where the class's mean gradient is zero.
 
     Args:
       logit_gradients: h [B, C] per example (softmax(u) − y for cross entropy), before any division by the batch size.
@@ -61,7 +61,7 @@ def lpg_delta(
         amount = jnp.maximum(amount, -norm)
     if form == "shift":
         return (amount[:, None] * unit(mean))[labels]
-    factor = amount / jnp.where(norm > 0, norm, 1)
+    factor = jnp.where(norm > 0, amount / jnp.where(norm > 0, norm, 1), 0)
     return h * factor[labels][:, None]
 
 

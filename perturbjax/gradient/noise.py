@@ -28,7 +28,10 @@ class GradientNoiseState(NamedTuple):
     cite="Neelakantan et al., 2015", off=dict(eta=0.0), alias="noise",
 )  # fmt: skip
 def gradient_noise(*, eta: ArrayLike = 0.01, gamma: ArrayLike = 0.55) -> optax.GradientTransformationExtraArgs:
-    """An optax link that adds noise of variance η/(1 + t)^γ (η of 0.01, 0.3, 1). `update` takes `key=`, a new one each step."""
+    """An optax link that adds noise of variance eta/(1 + t)^gamma; the paper tries eta of 0.01, 0.3 and 1.
+
+    `update` takes `key=`, a new one each step.
+    """
     check_number("gradient_noise", low=0, eta=eta, gamma=gamma)
 
     def init(params):

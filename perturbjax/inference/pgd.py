@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, is_traced
-from perturbjax.classes import AxisName, class_mean, wide
+from perturbjax.classes import AxisName, at_least_float32, class_mean, wide
 from perturbjax.projection import NORMS, Norm, per_group, project, unit
 
 UNROLLED = 10
@@ -102,7 +102,7 @@ def pgd(
     limit = _static_limit(num_steps, max_steps)
     value = jax.lax.stop_gradient(value)
     shape = (num_groups, *value.shape[1:])
-    dtype = jnp.promote_types(value.dtype, jnp.float32)
+    dtype = at_least_float32(value.dtype)
     spread = (lambda delta: delta) if groups is None else (lambda delta: delta[groups])
 
     def move(delta):

@@ -35,7 +35,10 @@ def bootstrapped_targets(
     cite="Reed et al., ICLR 2015", off=dict(weight=0.0), alias="bootstrap",
 )  # fmt: skip
 def bootstrapping(*, kind: Literal["soft", "hard"] = "soft", weight: ArrayLike | None = None) -> Perturbation:
-    """Soft or hard bootstrapping with λ = `weight` (None: 0.05 soft, 0.2 hard). Hard lowers every loss, soft need not."""
+    """Bootstrapping of one `kind`, "soft" or "hard", with λ = `weight` in [0, 1] (None: 0.05 soft, 0.2 hard).
+
+    Hard bootstrapping lowers every loss; the soft one need not.
+    """
     check_choice("bootstrapping", "kind", kind, DEFAULT_WEIGHTS)
     check_number("bootstrapping", low=0, high=1, weight=weight)
     amount = DEFAULT_WEIGHTS[kind] if weight is None else weight

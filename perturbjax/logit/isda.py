@@ -7,6 +7,8 @@ Source: Wang et al., "Implicit Semantic Data Augmentation for Deep Networks", Ne
 (whose eq. 33 lacks the log).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -17,20 +19,24 @@ from perturbjax.core import Context, Flow, Perturbation, Rest, method
 
 
 def isda_delta(weights: jax.Array, covariance: jax.Array, *, strength: ArrayLike = 0.5) -> jax.Array:
-    """The shift of the logits for each class: [C, C], row y for the samples of class y; its diagonal is zero.
+    """The shift of the logits for each class: [C, C], row y for the samples of class y; zero on the diagonal, ≥ 0 elsewhere.
 
     Args:
-      weights: [C, d], rows of the last layer. covariance: [C, d, d]. strength: λ.
+      weights: [C, d], rows of the last layer.
+      covariance: [C, d, d], of each class's features, symmetric. A constant here: stop its gradient where it has one.
+      strength: λ.
 
     >>> print(isda_delta(jnp.eye(2), jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), strength=1.0))
     [[0. 1.]
      [2. 0.]]
     """
     w = wide(weights)
-    mapped = jnp.einsum("cd,yde->yce", w, covariance.astype(w.dtype))  # w_c Σ_y
-    own = jnp.einsum("yce,ce->yc", mapped, w)  # w_cᵀ Σ_y w_c
-    cross = jnp.einsum("yce,ye->yc", mapped, w)  # w_cᵀ Σ_y w_y
-    return strength / 2 * (own - 2 * cross + jnp.diagonal(own)[:, None])
+    # The three terms nearly cancel where two rows are close: no shortened floats in the products.
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    mapped = einsum("cd,yde->yce", w, covariance.astype(w.dtype))  # w_c Σ_y
+    own = einsum("yce,ce->yc", mapped, w)  # w_cᵀ Σ_y w_c
+    cross = einsum("yce,ye->yc", mapped, w)  # w_cᵀ Σ_y w_y
+    return jnp.asarray(strength, w.dtype) / 2 * (own - 2 * cross + jnp.diagonal(own)[:, None])
 
 
 @method(

@@ -16,7 +16,7 @@ from perturbjax.core import Context, Flow, Perturbation, Rest, method
 
 
 def logit_adjustment_delta(class_counts: ArrayLike, *, tau: ArrayLike = 1.0) -> jax.Array:
-    """τ·log π: [C], to be added to the logits during training.
+    """τ·log π: [C], to be added to the logits during training (with −τ: to those of a plainly trained net, at evaluation).
 
     Raises:
       ValueError: a class without samples (log 0).
@@ -30,8 +30,8 @@ def logit_adjustment_delta(class_counts: ArrayLike, *, tau: ArrayLike = 1.0) -> 
             f"logit_adjustment needs at least one sample of every class, got none of class {empty[0]}. "
             "Drop the class, or relabel so that the labels are 0..C-1 without gaps."
         )
-    counts = jnp.asarray(class_counts, jnp.float32)
-    return tau * jnp.log(counts / counts.sum())
+    counts = jnp.asarray(class_counts, float)
+    return jnp.asarray(tau, counts.dtype) * jnp.log(counts / counts.sum())
 
 
 @method(
@@ -39,7 +39,7 @@ def logit_adjustment_delta(class_counts: ArrayLike, *, tau: ArrayLike = 1.0) -> 
     cite="Menon et al., ICLR 2021", off=dict(tau=0.0), alias="la",
 )  # fmt: skip
 def logit_adjustment(*, tau: ArrayLike = 1.0) -> Perturbation:
-    """LA: adds τ·log π to the logits (τ searched in 0.5…2.5 by the papers). Evaluation uses the plain logits."""
+    """LA with τ = `tau` (the papers search 0.5…2.5). Evaluation uses the plain logits."""
     check_number("logit_adjustment", tau=tau)
 
     def init(context: Context) -> jax.Array:

@@ -43,6 +43,9 @@ def lpl_delta(
       max_steps: static limit of K_c; None: read off bound and step_size, which must not be traced then.
       axis_name: mapped axis to take class means over; None: this is the whole batch.
 
+    Raises:
+      ValueError: shapes that don't fit, a loop length that can't be known, or a max_steps too small for bound and step_size.
+
     >>> u, y = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
     >>> print(lpl_delta(u, y, direction=jnp.array([1.0, -1.0]), bound=0.2, step_size=0.1).round(3))
     [[-0.024  0.024]
@@ -52,8 +55,7 @@ def lpl_delta(
     logits = wide(logits)
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     cross_entropy = lambda u: -jnp.sum(targets * jax.nn.log_softmax(u, axis=-1), axis=-1)
-    if max_steps is None:
-        max_steps = _loop_length(bound if not is_traced(bound) else None, step_size)
+    max_steps = _loop_length(None if is_traced(bound) else bound, step_size, max_steps)
     delta, _ = pgd(
         cross_entropy, logits, labels, logits.shape[-1], direction=direction, step_size=step_size,
         num_steps=lpl_steps(bound, step_size), max_steps=max_steps, step="raw", axis_name=axis_name,
@@ -66,23 +68,34 @@ def lpl_steps(bound: ArrayLike, step_size: ArrayLike) -> jax.Array:
     return jnp.floor(jnp.asarray(bound, jnp.float32) / step_size + 1e-4)
 
 
-def _loop_length(most: Any, step_size: Any) -> int:
-    """Static loop length for a largest bound: 10, 20, 40 …, so that nearby bounds share one compiled program."""
+def _loop_length(most: Any, step_size: Any, max_steps: int | None) -> int:
+    """Static loop length: max_steps, or for a largest bound 10, 20, 40 …, so that nearby bounds share one compiled program."""
+    check_number("lpl", low=0, open_low=True, step_size=step_size)
     if most is None or is_traced(step_size):
+        if max_steps is not None:
+            return int(max_steps)
         raise ValueError(
             "lpl needs max_steps when bound or step_size is traced or a schedule, got None: the loop's length is part of the "
             "program. Pass max_steps=10, the largest floor(bound / step_size) that will occur."
         )
+    if not np.isfinite(most).all():
+        raise ValueError(f"lpl needs a finite bound, got {most}. It sets the number of steps, floor(bound / step_size).")
     needed, length = int(np.floor(np.max(most) / np.min(step_size) + 1e-4)), UNROLLED
+    if max_steps is not None:
+        if max_steps < needed:
+            raise ValueError(
+                f"lpl needs max_steps >= floor(bound / step_size) = {needed}, got {max_steps}. "
+                f"Pass max_steps={needed}, or leave it out."
+            )
+        return int(max_steps)
     while length < needed:
         length *= 2
     return length
 
 
 def _resolve(settings: dict) -> dict:
-    if settings["max_steps"] is not None:
-        return {}
-    return {"max_steps": _loop_length(largest(settings["bound"], default=DEFAULT_BOUND), settings["step_size"])}
+    most = largest(settings["bound"], default=DEFAULT_BOUND)
+    return {"max_steps": _loop_length(most, settings["step_size"], settings["max_steps"])}
 
 
 @method(
@@ -106,6 +119,7 @@ def lpl(
         step_size 0.01…0.03 on balanced data, and 1.5…5 with 0.1…0.3 on long-tailed data.
       step_size: α.
       split: which classes are raised: "accuracy" (q̄_c ≤ τ, running mean over steps), "frequency" (rank > τ·C), or a Split.
+        q̄_c comes from the logits as they reach this link: adjusted ones in chain(logit_adjustment(), lpl()).
       tau: threshold of a split given by name.
       direction: overrides the split: +1, −1 or [C].
       project: also keep each class's delta in the l2 ball of radius ε_c.
@@ -114,10 +128,8 @@ def lpl(
     Metrics: raised, lowered (numbers of classes), inner_evaluations.
     """
     check_bound("lpl", bound)
-    check_number("lpl", low=0, open_low=True, step_size=step_size)
+    max_steps = _loop_length(largest(bound, default=DEFAULT_BOUND), step_size, max_steps)
     split = as_split("lpl", split, tau=tau, direction=direction)
-    if max_steps is None:
-        max_steps = _loop_length(largest(bound, default=DEFAULT_BOUND), step_size)
 
     def apply(flow: Flow, rest: Rest, state: Any, context: Context):
         state = split.update(state, Clean(flow.value, flow.labels, flow.targets), context)

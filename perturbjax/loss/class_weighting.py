@@ -21,7 +21,7 @@ KINDS = ("none", "balanced", "effective")
 
 
 def class_weights(class_counts: ArrayLike, *, kind: Literal["none", "balanced", "effective"] = "balanced", beta: ArrayLike = 0.9999) -> jax.Array:
-    """w: [C], float32.
+    """w: [C], float32, from the number of training samples of each class [C].
 
     Raises:
       ValueError: a class without samples.
@@ -37,7 +37,7 @@ def class_weights(class_counts: ArrayLike, *, kind: Literal["none", "balanced", 
         return jnp.ones_like(n)
     if kind == "balanced":
         return n.sum() / (n.shape[0] * n)
-    # expm1 and log1p keep 1 − β^n exact for β near 1.
+    # expm1 keeps 1 − β^n for β near 1; what float32 makes of 1 − β itself drops out of the proportions.
     beta = jnp.asarray(beta, jnp.float32)
     raw = (1 - beta) / -jnp.expm1(n * jnp.log(beta))
     return raw * (n.shape[0] / raw.sum())
@@ -53,20 +53,27 @@ def class_weighting(
     beta: ArrayLike = 0.9999,
     weights: tuple[float, ...] | None = None,
 ) -> Perturbation:
-    """Multiplies each sample's weight by that of its class: by `kind`, or the given `weights` (C numbers)."""
+    """Multiplies each sample's weight by that of its class.
+
+    Args:
+      kind: "none", "balanced" or "effective" (number of samples, with `beta`). weights: C numbers instead of a kind.
+    """
     check_choice("class_weighting", "kind", kind, KINDS)
     check_number("class_weighting", low=0, high=1 - 1e-7, open_low=True, beta=beta)
     check_number("class_weighting", low=0, weights=weights)
 
-    def init(context: Context) -> jax.Array:
+    def factors(context: Context) -> jax.Array:
         if weights is None:
             return class_weights(context.class_counts, kind=kind, beta=beta)
         if len(weights) != context.num_classes:
             raise ValueError(f"class_weighting needs {context.num_classes} weights, got {len(weights)}. Give one per class.")
         return jnp.asarray(weights, jnp.float32)
 
-    def apply(flow: Flow, rest: Rest, state: jax.Array, context: Context):
-        now = class_weights(context.class_counts, kind=kind, beta=beta) if weights is None else state
-        return flow._replace(weights=flow.weights * now[flow.labels]), state, {}
+    def init(context: Context) -> tuple:
+        factors(context)  # a class without samples or a missing weight is found out here
+        return ()
+
+    def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
+        return flow._replace(weights=flow.weights * factors(context)[flow.labels]), state, {}
 
     return Perturbation("loss", init, apply, needs=("class_counts",) if weights is None else ())

@@ -30,11 +30,11 @@ def focal_factor(log_probabilities: jax.Array, labels: jax.Array, *, gamma: Arra
     cite="Lin et al., ICCV 2017", off=dict(gamma=0.0),
 )  # fmt: skip
 def focal(*, gamma: ArrayLike = 2.0) -> Perturbation:
-    """Focal loss with exponent γ; multiplies whatever the loss is so far (cross entropy, or after other loss links)."""
+    """Focal loss with exponent γ = `gamma`; multiplies whatever the loss is so far (cross entropy, or after other loss links)."""
     check_number("focal", low=0, gamma=gamma)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        factor = focal_factor(flow.trace["prediction"], flow.labels, gamma=gamma)
+        factor = focal_factor(jax.nn.log_softmax(flow.trace["logits"]), flow.labels, gamma=gamma)
         return flow._replace(value=flow.value * factor), state, {}
 
     return Perturbation("loss", lambda context: (), apply)

@@ -17,9 +17,14 @@ def unit_tree(tree: Any) -> Any:
     return jax.tree.map(lambda x, w: (w / jnp.where(norm > 0, norm, 1)).astype(x.dtype), tree, wider)
 
 
-def move(params: Any, direction: Any, radius: Any) -> Any:
-    """params + radius · direction, leaf by leaf, in the parameters' types."""
-    return jax.tree.map(lambda w, e: w + (jnp.asarray(radius, jnp.float32) * e).astype(w.dtype), params, direction)
+def move(params: Any, direction: Any, radius: Any = 1.0) -> Any:
+    """params + radius · direction, leaf by leaf; the sum is taken in at least float32 and rounded to the parameters' types."""
+
+    def moved(w, e):
+        to = wide(w)
+        return (to + jnp.asarray(radius, to.dtype) * e.astype(to.dtype)).astype(w.dtype)
+
+    return jax.tree.map(moved, params, direction)
 
 
 def require(name: str, params: Any, grad_fn: Callable | None) -> None:

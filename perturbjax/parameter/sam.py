@@ -25,8 +25,8 @@ class SAMState(NamedTuple):
 
 
 def sam_ascent(grads: optax.Updates, *, radius: jax.typing.ArrayLike) -> optax.Updates:
-    """ε̂ = ρ·g/‖g‖, one norm over all parameters; zero for a zero gradient."""
-    return jax.tree.map(lambda e: (radius * e).astype(e.dtype), unit_tree(grads))
+    """ε̂ = ρ·g/‖g‖, one norm over all parameters, of length ρ; zero for a zero gradient."""
+    return jax.tree.map(lambda e: jnp.asarray(radius, e.dtype) * e, unit_tree(grads))
 
 
 @method(
@@ -46,7 +46,7 @@ def sam(*, radius: optax.ScalarOrSchedule = 0.05) -> optax.GradientTransformatio
 
     def update(updates, state, params=None, *, grad_fn=None, **extra_args):
         require("sam", params, grad_fn)
-        perturbed = grad_fn(move(params, unit_tree(updates), at_step(radius, state.count)))
+        perturbed = grad_fn(move(params, sam_ascent(updates, radius=at_step(radius, state.count))))
         return perturbed, SAMState(optax.safe_increment(state.count), state.evaluations + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -150,13 +150,18 @@ def init_state(recipe: Recipe, numbers: dict, data: DeviceData, seed: int) -> Tr
     key = jax.random.key(seed)
     init_key, run_key = jax.random.split(key)
     example = pixels(data.images[:1])
-    variables = jax.jit(functools.partial(recipe.model.init, train=False))(init_key, example)
+    variables = _compiled_init(recipe.model)(init_key, example)
     params, stats = variables["params"], variables.get("batch_stats", {})
     made, tx = build(recipe, numbers, np.asarray(data.class_counts))
     like = jax.ShapeDtypeStruct((recipe.batch_size, *example.shape[1:]), example.dtype)
     # Every leaf gets a buffer of its own (a method's init may use one array twice): the step donates them.
     opt_state, states = jax.tree.map(jnp.array, (tx.init(params), made.init(params, like, stats=stats)))
     return TrainState(params, stats, opt_state, states, jnp.int32(0), run_key)
+
+
+@functools.lru_cache(maxsize=None)
+def _compiled_init(model: Any) -> Callable:
+    return jax.jit(functools.partial(model.init, train=False))
 
 
 def as_arrays(numbers: Numbers) -> Numbers:

@@ -1,0 +1,173 @@
+"""What each method's step costs: medians of paired runs in one process, relative to plain cross entropy, beside the ideal cost.
+
+    python experiments/bench.py                                                          # ResNet-20, batch 128, 32 x 32 images
+    python experiments/bench.py --methods "la, lpl, lpa(site=stage1)" --model cnn --image-size 16 --json FILE
+
+ideal = (1 + Σ (2T/3)·f) · (1 + extra gradients): f is the share of the net's work after the link's site, by the compiler's count of
+floating-point operations; T its inner evaluations. quotient = measured / ideal. The line "trainer" is a hand-written minimal loop's
+step time over ours for plain cross entropy: 1 means that the library costs nothing.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from experiments import shared
+from perturbjax.data import Dataset, augment
+from perturbjax.line import line
+from perturbjax.training import Recipe, cost_ratios, device_data, init_state, split_methods
+from perturbjax.training.loop import extra_gradients
+from perturbjax.training.step import as_arrays, compiled_step, pixels
+
+PLAIN, HAND_WRITTEN = "ce", "hand-written loop"
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchSettings(shared.Settings):
+    """Flags of bench.py."""
+
+    model: str = "resnet20"
+    """As in compare.py."""
+    batch_size: int = 128
+    """Samples per step."""
+    methods: str = "la, lpl, lpl(bound=varied), lpg, lpa, lpa(site=stage2), lpa(site=stage1), sam, pugd, ls, focal, mixup, isda"
+    """Methods, as in compare.py."""
+    image_size: int = 32
+    """Height and width of the (random) images."""
+    num_classes: int = 10
+    """Classes of the (random) labels."""
+    rounds: int = 11
+    """Interleaved rounds; the reported ratio is the median over them."""
+    steps: int = 1
+    """Steps per round and method; more for small nets."""
+    json: str | None = None
+    """File to write the ratios to."""
+
+
+def main(argv: list[str]) -> None:
+    """Runs the benchmark."""
+    settings = shared.first_flags(argv, BenchSettings, __doc__)
+    methods = shared.parse_methods(settings.methods, settings.plugin)
+    methods = {PLAIN: shared.parse_methods(PLAIN)[PLAIN], **methods}
+    dataset = random_dataset(settings)
+    shared.check_runs(settings, dataset, methods)
+    programs, ideals = {}, {}
+    for typed, (method, numbers) in methods.items():
+        recipe = shared.make_recipe(settings, dataset, method)
+        programs[typed], ideals[typed] = stepper(recipe, shared.make_numbers(settings, numbers), dataset)
+    programs[HAND_WRITTEN] = hand_written(shared.make_recipe(settings, dataset, methods[PLAIN][0]), settings, dataset)
+    found = cost_ratios(programs, PLAIN, rounds=settings.rounds, steps=settings.steps)
+    trainer = found.pop(HAND_WRITTEN)
+    ratios = {t: {"ratio": r, "ideal": ideals[t], "quotient": r / ideals[t]} for t, r in found.items() if t != PLAIN}
+    report = {
+        "command": shared.command_line(),
+        "versions": shared.versions(),
+        "settings": dataclasses.asdict(settings),
+        "ratios": ratios,
+        "trainer": trainer,
+    }
+    if settings.json:
+        pathlib.Path(settings.json).write_text(json.dumps(report, indent=2) + "\n")
+    show(report)
+
+
+def random_dataset(settings: BenchSettings) -> Dataset:
+    """Four batches of noise: timings don't depend on the values."""
+    rng, count = np.random.default_rng(0), 4 * settings.batch_size
+    images = rng.integers(0, 256, (count, settings.image_size, settings.image_size, 3), dtype=np.uint8)
+    labels = (np.arange(count) % settings.num_classes).astype(np.int32)
+    names = tuple(str(c) for c in range(settings.num_classes))
+    return Dataset("random", images, labels, images[:16], labels[:16], names)
+
+
+def stepper(recipe: Recipe, numbers: dict, dataset: Dataset):
+    """(a call that trains one more step on the first batch, the method's ideal cost)."""
+    data, arrays, step = device_data(dataset), as_arrays(numbers), compiled_step(recipe)
+    held = [init_state(recipe, numbers, data, 0)]
+    index = jnp.arange(recipe.batch_size, dtype=jnp.int32)[None]
+
+    def run():
+        held[0], metrics = step(held[0], arrays, data, index)
+        return metrics
+
+    metrics = run()
+    work = 1.0
+    for link in split_methods(recipe.build(numbers["method"]))[0]:
+        if link.search:
+            inner = float(metrics[f"{link.name}/inner_evaluations"][0])
+            work += 2 * inner / 3 * share_after(recipe, held[0], data.images[: recipe.batch_size], link.site)
+    return run, work * (1 + extra_gradients(held[0].opt_state))
+
+
+def share_after(recipe: Recipe, state, images: jax.Array, site: str) -> float:
+    """f: floating-point operations of the forward pass after the site, over those of the whole pass (compiled cost analysis)."""
+    model = line(recipe.model)
+    place, inputs = model.site(site), pixels(images)
+    run = lambda start, stop: lambda p, s, v: model.slice(p, v, start, stop, stats=s, train=True, key=jax.random.key(0))[0]
+
+    def flops(start, value):
+        cost = jax.jit(run(start, "logits")).lower(state.params, state.stats, value).compile().cost_analysis()
+        return float((cost[0] if isinstance(cost, list) else cost).get("flops", 0.0))
+
+    if place == "logits":
+        return 0.0
+    value = jax.eval_shape(run("input", place), state.params, state.stats, inputs)
+    return flops(place, value) / flops("input", inputs)
+
+
+def hand_written(recipe: Recipe, settings: BenchSettings, dataset: Dataset):
+    """The same training step as people write it by hand: flax, optax, cross entropy, SGD; nothing of this library but the model."""
+    data, model = device_data(dataset), recipe.model
+    variables = jax.jit(lambda key, x: model.init(key, x, train=False))(jax.random.key(0), pixels(data.images[:1]))
+    tx = optax.chain(
+        optax.add_decayed_weights(settings.weight_decay),
+        optax.sgd(settings.learning_rate, momentum=settings.momentum, nesterov=settings.nesterov),
+    )
+    state = (variables["params"], variables.get("batch_stats", {}), tx.init(variables["params"]), jnp.int32(0))
+
+    def step(state, data, index):
+        params, stats, opt_state, count = state
+        images = pixels(data.images[index])
+        if recipe.pad or recipe.flip:
+            images = augment(images, jax.random.fold_in(jax.random.key(1), count), index, pad=recipe.pad, flip=recipe.flip)
+
+        def loss(params):
+            logits, new = model.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels[index])
+            return losses.mean(), new.get("batch_stats", {})
+
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state, count + 1), value
+
+    jitted, held = jax.jit(step, donate_argnums=0), [state]
+    index = jnp.arange(recipe.batch_size, dtype=jnp.int32)
+
+    def run():
+        held[0], value = jitted(held[0], data, index)
+        return value
+
+    return run
+
+
+def show(report: dict) -> None:
+    """The table."""
+    shown = Table("method", "ratio", "ideal", "quotient", box=None)
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for typed, entry in report["ratios"].items():
+        shown.add_row(typed, *(f"{entry[key]:.3f}" for key in ("ratio", "ideal", "quotient")))
+    console = Console()
+    console.print(shown)
+    console.print(f"trainer: a hand-written loop's step takes {report['trainer']:.3f} of ours")
+
+
+if __name__ == "__main__":
+    shared.start(main)

@@ -1,0 +1,35 @@
+"""What came out of training: metrics of logits, statistics over seeds, the report. Knows no method, no trainer."""
+
+from perturbjax.analysis.metrics import (
+    Groups,
+    accuracy,
+    evaluate,
+    expected_calibration_error,
+    group_accuracy,
+    groups_by_frequency,
+    per_class_accuracy,
+    relative_loss_variation,
+    top_k_accuracy,
+)
+from perturbjax.analysis.report import load_results, print_table, save_results, table, write_report
+from perturbjax.analysis.statistics import mean_by_class, paired_difference, summary
+
+__all__ = [
+    "Groups",
+    "accuracy",
+    "evaluate",
+    "expected_calibration_error",
+    "group_accuracy",
+    "groups_by_frequency",
+    "load_results",
+    "mean_by_class",
+    "paired_difference",
+    "per_class_accuracy",
+    "print_table",
+    "relative_loss_variation",
+    "save_results",
+    "summary",
+    "table",
+    "top_k_accuracy",
+    "write_report",
+]

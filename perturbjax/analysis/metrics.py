@@ -1,0 +1,214 @@
+r"""What a trained classifier gets right, from its test logits; the relative loss variation of a perturbation.
+
+    accuracy = mean_i [argmax u_i = y_i],   ECE = Σ_b |B_b| / N · |accuracy(B_b) − confidence(B_b)|, 15 equal bins
+    variation of class c = (l̄′_c − l̄_c) / l̄_c,    l̄_c and l̄′_c: mean loss of class c without and with the perturbation
+
+All numpy on the host, computed in float64; accuracies and errors are fractions in 0..1 (percent is for tables).
+A sample with a nan among its logits (a run that diverged) counts as wrong; its calibration is nan.
+Sources: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017 (ECE); Li, Su, Wu, Zhang,
+"Logit Perturbation", AAAI 2022, Figure 1 (variation).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+class Groups(NamedTuple):
+    """Class indices by training frequency; the three together are all classes, each most frequent first."""
+
+    head: np.ndarray  # the 30 % most frequent classes
+    medium: np.ndarray  # the 40 % between; empty for two classes
+    tail: np.ndarray  # the 30 % rarest
+
+
+def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Share of samples whose largest logit is the label's; equal logits: the first wins.
+
+    logits (or probabilities): [N, C]. labels: [N] integers in 0..C-1.
+    """
+    u, y = _checked("accuracy", logits, labels)
+    return float(_hits(u, y, 1).mean())
+
+
+def top_k_accuracy(logits: ArrayLike, labels: ArrayLike, *, k: int = 5) -> float:
+    """Share of samples whose label is among the k largest logits (probabilities); equal ones: lower index first."""
+    if k < 1:
+        raise ValueError(f"top_k_accuracy needs k of at least 1, got {k}. Write top_k_accuracy(logits, labels, k=5).")
+    u, y = _checked("top_k_accuracy", logits, labels)
+    return float(_hits(u, y, k).mean())
+
+
+def per_class_accuracy(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """[C], the accuracy on the test samples of each class (its recall); nan for a class without any."""
+    u, y = _checked("per_class_accuracy", logits, labels)
+    return _class_means(_hits(u, y, 1), y, u.shape[1])
+
+
+def expected_calibration_error(
+    logits: ArrayLike, labels: ArrayLike, *, bins: int = 15, probabilities: bool = False
+) -> float:
+    """How far confidence (the largest probability) and accuracy lie apart, in 0..1; 0 is calibrated.
+
+    Args:
+      logits: [N, C], or probabilities [N, C] with `probabilities=True`. labels: [N] integers in 0..C-1.
+      bins: number of bins of equal width, (0, 1/bins], (1/bins, 2/bins], ...; empty ones count nothing.
+
+    >>> float(round(expected_calibration_error([[0.8, 0.2], [0.8, 0.2]], [0, 1], probabilities=True), 3))
+    0.3
+    """
+    u, y = _checked("expected_calibration_error", logits, labels)
+    u, sums = u.astype(np.float64), u.sum(axis=1, dtype=np.float64)
+    is_distribution = bool(np.all(u >= 0) and np.all(np.abs(sums - 1) < 1e-2))
+    if probabilities and not is_distribution and not np.isnan(u).any():
+        raise ValueError(
+            f"expected_calibration_error needs rows ≥ 0 that sum to 1, got sums {sums.min():.4g}..{sums.max():.4g} and "
+            f"a smallest entry of {u.min():.4g}. Leave probabilities=True out if they are logits."
+        )
+    if not probabilities and is_distribution and np.all(np.abs(sums - 1) < 1e-5):
+        raise ValueError(
+            f"expected_calibration_error needs logits, got {len(u)} rows that are ≥ 0 and sum to 1. "
+            "Write probabilities=True if they are probabilities."
+        )
+    if not probabilities:
+        with np.errstate(invalid="ignore"):  # inf − inf: nan, like any other row that is not finite
+            u = np.exp(u - u.max(axis=1, keepdims=True))
+        u = u / u.sum(axis=1, keepdims=True)
+    confidence = u.max(axis=1)
+    if np.isnan(confidence).any():
+        return float("nan")
+    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(which, weights=_hits(u, y, 1) - confidence, minlength=bins)  # |B_b| · (accuracy − confidence)
+    return float(np.abs(gap).sum() / len(y))
+
+
+def groups_by_frequency(class_counts: ArrayLike) -> Groups | None:
+    """Head, medium and tail: the most frequent 30 %, the middle 40 % and the rarest 30 % of the classes.
+
+    The 30 % are rounded, half up, to at least one class.
+
+    Args:
+      class_counts: [C] training samples of each class; equal counts are ordered by class index.
+    Returns:
+      `Groups`, or None if all counts are equal (balanced data have no tail).
+
+    >>> [classes.tolist() for classes in groups_by_frequency([5, 50, 500])]
+    [[2], [1], [0]]
+    """
+    counts = np.asarray(class_counts)
+    if counts.ndim != 1 or counts.size == 0:
+        raise ValueError(
+            f"groups_by_frequency needs class_counts [C], got shape {counts.shape}. "
+            "Write np.bincount(labels, minlength=C)."
+        )
+    if np.all(counts == counts[0]):
+        return None
+    order, edge = np.argsort(-counts, kind="stable"), max(1, (3 * counts.size + 5) // 10)
+    return Groups(order[:edge], order[edge:-edge], order[-edge:])
+
+
+def group_accuracy(logits: ArrayLike, labels: ArrayLike, groups: Groups | None) -> dict[str, float | None]:
+    """{"head", "medium", "tail"}: the mean of the accuracies of a group's classes, each class counting the same.
+
+    Classes without test samples are left out, a group without any is nan; groups=None (balanced) gives three None.
+    """
+    per_class = per_class_accuracy(logits, labels)
+    return (
+        dict.fromkeys(Groups._fields)
+        if groups is None
+        else {k: _mean(per_class[v]) for k, v in groups._asdict().items()}
+    )
+
+
+def relative_loss_variation(
+    clean_losses: ArrayLike, perturbed_losses: ArrayLike, labels: ArrayLike, num_classes: int
+) -> np.ndarray:
+    """[C], by how much a perturbation changes the loss of each class: −0.2 is a fifth less, +1 twice the loss.
+
+    LPL's Figure 1. It is the variation of the class means, (l̄′_c − l̄_c) / l̄_c, not the mean of the samples' own
+    variations, which a few well fitted samples with l ≈ 0 would decide. nan for a class without samples or loss.
+
+    Args:
+      clean_losses, perturbed_losses: l and l′ [N], of the same samples. labels: [N] integers in 0..num_classes-1.
+    """
+    clean, perturbed, y = (np.asarray(x) for x in (clean_losses, perturbed_losses, labels))
+    if clean.ndim != 1 or not clean.shape == perturbed.shape == y.shape:
+        raise ValueError(
+            f"relative_loss_variation needs two losses [N] and labels [N], got {clean.shape}, {perturbed.shape} and "
+            f"{y.shape}. Take the losses before any mean: relative_loss_variation(losses, perturbed, labels, C)."
+        )
+    _check_labels("relative_loss_variation", y, num_classes)
+    before, after = (_class_means(x.astype(np.float64), y, num_classes) for x in (clean, perturbed))
+    with np.errstate(all="ignore"):
+        return np.where(before > 0, (after - before) / before, np.nan)
+
+
+def evaluate(logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLike, *, probabilities: bool = False) -> dict:
+    """All of the above for one trained model, as plain Python numbers for results.json; what is undefined is None.
+
+    Args:
+      logits: [N, C], or probabilities with `probabilities=True`. labels: [N] integers in 0..C-1.
+      class_counts: [C], samples of each class in the *training* data.
+    Returns:
+      {"accuracy", "top5" (None up to 10 classes), "ece", "head", "medium", "tail" (None if balanced), "per_class"}.
+    """
+    u, y = _checked("evaluate", logits, labels)
+    if np.shape(class_counts) != u.shape[1:]:
+        raise ValueError(
+            f"evaluate needs class_counts [{u.shape[1]}], one for each logit, got shape {np.shape(class_counts)}. "
+            f"Write evaluate(logits, labels, np.bincount(train_labels, minlength={u.shape[1]}))."
+        )
+    number = lambda x: None if x is None or np.isnan(x) else float(x)
+    return {
+        "accuracy": number(accuracy(u, y)),
+        "top5": number(top_k_accuracy(u, y, k=5)) if u.shape[1] > 10 else None,
+        "ece": number(expected_calibration_error(u, y, probabilities=probabilities)),
+        **{name: number(value) for name, value in group_accuracy(u, y, groups_by_frequency(class_counts)).items()},
+        "per_class": [number(x) for x in per_class_accuracy(u, y)],
+    }
+
+
+def _checked(function, logits, labels):
+    """logits [N, C] and labels [N] as arrays, N and C at least 1, labels in range."""
+    u, y = np.asarray(logits), np.asarray(labels)
+    if u.ndim != 2 or u.size == 0 or y.shape != u.shape[:1]:
+        raise ValueError(
+            f"{function} needs logits [N, C] and labels [N] with at least one sample, got {u.shape} and {y.shape}. "
+            "Flatten further axes into the first one: logits.reshape(-1, C), labels.reshape(-1)."
+        )
+    _check_labels(function, y, u.shape[1])
+    return u, y
+
+
+def _check_labels(function, labels, num_classes):
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(
+            f"{function} needs integer labels, got {labels.dtype}. "
+            "Write labels.astype(int), or onehot.argmax(-1) for one-hot rows."
+        )
+    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
+        raise ValueError(
+            f"{function} needs labels in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}. "
+            "Number them first: np.unique(labels, return_inverse=True)[1]."
+        )
+
+
+def _hits(u, y, k):
+    """[N] bool, whether fewer than k classes come before the label's; equal logits: lower index first; nan: False."""
+    true = np.take_along_axis(u, y[:, None], axis=1)
+    before = (u > true) | ((u == true) & (np.arange(u.shape[1]) < y[:, None]))
+    return (before.sum(axis=1) < k) & ~np.isnan(u).any(axis=1)
+
+
+def _class_means(values, labels, num_classes):
+    count = np.bincount(labels, minlength=num_classes)
+    return np.where(
+        count > 0, np.bincount(labels, weights=values, minlength=num_classes) / np.maximum(count, 1), np.nan
+    )
+
+
+def _mean(values):
+    """Mean of the entries that are not nan, nan if there are none."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else float("nan")

@@ -1,0 +1,332 @@
+"""The page that `write_report` writes: results -> one HTML document with everything in it, readable without us.
+
+Whatever comes from the user (names of methods, data and classes, settings, the command) is escaped where it is set.
+"""
+
+import re
+from html import escape
+
+import numpy as np
+
+from perturbjax.analysis import plots
+from perturbjax.analysis.report import num_seeds, text_cells
+
+
+def page(results: dict) -> str:
+    """The document: outcome in three sentences, what was trained, the table, the figures, each with how to read it."""
+    title = escape(f"Which perturbation helps on {results['data']['name']}?")
+    versions = ", ".join(f"{k} {v}" for k, v in (results.get("versions") or {}).items())
+    parts = [
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>",
+        f'<p class="lead">{_finding(results)}</p>',
+        f"<h2>What was trained</h2>\n{_facts(results)}",
+        f"<h2>The numbers</h2>\n{_table(results)}\n{_reading(results)}",
+        *_figures(results),
+        _every_class(results),
+        "<footer>Made by perturbjax from results.json, which holds these numbers in full. "
+        f"Versions: {escape(versions) or 'unknown'}.</footer>\n</main>\n</body>\n</html>\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _finding(results):
+    """The outcome in two or three sentences that claim no more than the intervals do."""
+    methods, seeds = results["methods"], num_seeds(results)
+    first, cells = next(iter(methods)), text_cells(results)
+    code = lambda names: ", ".join(f"<b>{escape(name)}</b>" for name in names)
+    scored = {name: m["accuracy"]["mean"] for name, m in methods.items() if m.get("accuracy")}
+    scored = {name: mean for name, mean in scored.items() if mean is not None}
+    if not scored:
+        return "No method has a test accuracy: every run failed or diverged."
+    text = {name: cells["accuracy"][i] + " %" for i, name in enumerate(methods)}
+    best = max(scored, key=scored.get)
+    out = f"Highest test accuracy at the last epoch: {code([best])} with {text[best]}"
+    if best != first:
+        out += f"; the reference {code([first])} has {text[first] if first in scored else 'none'}"
+    elif len(methods) > 1:
+        out += ", the reference itself"
+    out += f" ({'mean ± standard deviation over ' + str(seeds) + ' seeds' if seeds > 1 else 'one seed'}). "
+    sure = {n: m["difference"] for n, m in methods.items() if n != first and m.get("difference")}
+    sure = {n: d for n, d in sure.items() if d["low"] is not None}
+    if sure:
+        better, worse = [n for n, d in sure.items() if d["low"] > 0], [n for n, d in sure.items() if d["high"] < 0]
+        rest = [n for n in sure if n not in better + worse]
+        verdicts = {
+            f"better than {code([first])}": better,
+            f"worse than {code([first])}": worse,
+            f"not told apart from {code([first])} by these runs": rest,
+        }
+        parts = "; ".join(f"{verdict}: {code(names)}" for verdict, names in verdicts.items() if names)
+        out += f"Seed by seed, with 95 % intervals: {parts}. "
+    elif len(methods) > 1 and seeds == 1:
+        out += "With one seed no interval can be given: differences of a few points may be chance. Run more seeds. "
+    tails = {n: m["tail"]["mean"] for n, m in methods.items() if m.get("tail") and m["tail"]["mean"] is not None}
+    if tails and len(tails) > 1:
+        rare = max(tails, key=tails.get)
+        out += f"On the rarest 30 % of the classes: {code([rare])} with {100 * tails[rare]:.1f} %"
+        out += f", {code([first])} with {100 * tails[first]:.1f} %." if rare != first and first in tails else "."
+    return out
+
+
+def _facts(results):
+    """Data, model and settings as a list of terms, and the command."""
+    data, settings, counts = results["data"], results["settings"], np.asarray(results["data"]["class_counts"])
+    names = [str(name) for name in data["class_names"]]
+    order = np.argsort(-counts, kind="stable")
+    balanced = bool(np.all(counts == counts[0]))
+    if balanced:
+        classes = f"{len(counts)}, {counts[0]} training samples each"
+    elif len(counts) <= 20:
+        classes = f"{len(counts)}, with training samples " + ", ".join(f"{names[c]}: {counts[c]}" for c in order)
+    else:
+        classes = f"{len(counts)}, from {counts.max()} training samples ({names[order[0]]}) "
+        classes += f"down to {counts.min()} ({names[order[-1]]})"
+    size = " × ".join(map(str, data.get("image_shape") or ()))
+    facts = {
+        "data": f"{data['name']}: {data['train_size']} training and {data['test_size']} test samples"
+        + f" of {size}" * bool(size),
+        "view": ", then ".join(data.get("views") or ()) or "the data as it is",
+        "classes": classes,
+        **{key.replace("_", " "): _text(value) for key, value in settings.items()},
+        "training subset": _hashes(data.get("subset_hash"), settings.get("seeds")),
+    }
+    terms = "\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v)
+    command = f"<p>The command that made this page:</p>\n<pre><code>{escape(results['command'])}</code></pre>"
+    return f"<dl>\n{terms}\n</dl>\n{command}"
+
+
+def _hashes(hashes, seeds):
+    """Which samples were drawn: one hash if every seed had the same."""
+    if not hashes:
+        return ""
+    if len(set(hashes)) == 1:
+        return f"hash {hashes[0]}" + ", the same for every seed" * (len(hashes) > 1)
+    seeds = seeds if seeds and len(seeds) == len(hashes) else range(len(hashes))
+    return "drawn anew for each seed; hash " + ", ".join(f"{h} (seed {s})" for s, h in zip(seeds, hashes, strict=True))
+
+
+COLUMNS = {
+    "accuracy": ("accuracy", "%, last epoch"),
+    "difference": ("difference", "points [95 % CI]"),
+    "best_epoch_accuracy": ("best epoch", "%"),
+    "top5": ("top 5", "%"),
+    "ece": ("ECE", "%"),
+    "head": ("head", "%"),
+    "medium": ("medium", "%"),
+    "tail": ("tail", "%"),
+    "cost_ratio": ("cost", "× plain"),
+    "gradient_evaluations": ("gradients", "a step"),
+    "seconds": ("time", "s"),
+}
+
+
+def _table(results):
+    cells, methods = text_cells(results), results["methods"]
+    shown = [key for key in COLUMNS if key in cells]
+    head = "".join('<th scope="col">{}<small>{}</small></th>'.format(*COLUMNS[key]) for key in shown)
+    rows = []
+    for i, (name, m) in enumerate(methods.items()):
+        breakable = re.sub(r"([(=_])", r"\1<wbr>", escape(name))
+        row = f'<th scope="row"><div>{plots.swatch(i)}<span>{breakable}</span></div></th>'
+        for key in shown:
+            text, d = cells[key][i], m.get("difference")
+            if key == "difference" and i == 0:
+                text = "reference"
+            elif key == "difference" and d and d["low"] is not None:
+                mean, interval = text.split(" ", 1)
+                strong = not d["low"] <= 0 <= d["high"]
+                text = f"{'<b>' * strong}{mean}{'</b>' * strong}<small>{interval}</small>"
+            elif key == "gradient_evaluations" and m.get("inner_evaluations"):
+                text += f"<small>+ {cells['inner_evaluations'][i]} inner</small>"
+            row += f"<td>{text}</td>"
+        rows.append(row)
+    return _scroll(f'<th scope="col">method</th>{head}', rows)
+
+
+def _reading(results):
+    """How to read the columns that the table has."""
+    cells, seeds, first = text_cells(results), num_seeds(results), escape(next(iter(results["methods"])))
+    notes = {
+        "accuracy": "Test samples classified correctly after the last epoch, fixed beforehand: the honest column. "
+        + ("Mean ± sample standard deviation over the seeds." if seeds > 1 else "One seed, so there is no spread."),
+        "difference": f"Accuracy minus that of {first} under the same seed, in percentage points, mean over the seeds. "
+        + (
+            f"The bracket is the 95 % confidence interval (t) over the {seeds} paired seeds; if it leaves out "
+            "zero, the difference is in bold. It covers the luck of the seed, not that of the test set, and is not "
+            "corrected for the number of methods: of twenty methods without any effect, about one gets a bold number."
+            if seeds > 1
+            else "With a single seed there is no interval."
+        ),
+        "best_epoch_accuracy": "The highest test accuracy of any epoch. Papers often print it, but it chooses the "
+        "epoch by the test set and is therefore too high; the column to believe is the last epoch's.",
+        "top5": "Share of test samples whose class is among the five highest outputs.",
+        "ece": "Expected calibration error, 15 bins: how far confidence and accuracy lie apart. Lower is better.",
+        "head": "Mean accuracy of the 30 % of the classes most frequent in the training data (head), of the middle "
+        "40 % (medium) and of the rarest 30 % (tail).",
+        "cost_ratio": "Cost of training as a multiple of plain training.",
+        "gradient_evaluations": "Gradient evaluations of the whole network in a training step; <em>inner</em>: those "
+        "of only the part after the perturbed site.",
+        "seconds": "Wall-clock time of training.",
+    }
+    names = {"head": "head, medium, tail"}
+    items = "".join(f"<dt>{names.get(k, COLUMNS[k][0])}</dt><dd>{v}</dd>\n" for k, v in notes.items() if k in cells)
+    return f'<dl class="notes">\n{items}</dl>'
+
+
+def _figures(results):
+    """The figures there are numbers for: each drawn twice, for a wide and for a narrow screen (and CSS shows one)."""
+    methods, counts, seeds = results["methods"], np.asarray(results["data"]["class_counts"]), num_seeds(results)
+    first = escape(next(iter(methods)))
+    having = lambda *keys: [name for name, m in methods.items() if all(m.get(key) for key in keys)]
+    scored = [name for name in having("accuracy") if methods[name]["accuracy"]["mean"] is not None]
+    bins = plots.class_bins(counts)
+    single, balanced = len(bins) == len(counts), bool(np.all(counts == counts[0]))
+    points = (
+        "Each point is a class"
+        if single
+        else f"Each point is the mean of about {len(counts) / len(bins):.0f} neighbouring classes"
+    )
+    order = "Left the classes with most training samples (head), right those with fewest (tail). "
+    grey = f"; grey bars: training samples of a class, from {counts.max()} down to {counts.min()}"
+    order, grey = ("", f"; all have {counts[0]} training samples") if balanced else (order, grey)
+    lift = "" if balanced else " A method for rare classes lifts the right end; see what it costs on the left."
+    beside = f" Each panel shows one method beside {first} (black)."
+    figures = [
+        (
+            "Accuracy", plots.accuracy_plot, scored, 1, True,
+            "Marker: mean over the seeds; bar: one standard deviation to either side; small dots: the single seeds; "
+            f"dashed line: {first}. Further right is better."
+            if seeds > 1 else f"The accuracy of the single seed; dashed line: {first}. Further right is better.",
+        ),
+        (
+            "Accuracy against cost", plots.cost_plot, [n for n in having("cost_ratio") if n in scored], 2, True,
+            "Higher is better, further left is cheaper: a method is worth its cost if none further left is as high.",
+        ),
+        (
+            "Accuracy by class", plots.class_plot, having("per_class"), 1, False,
+            f"{order}{points}{', mean over the seeds' if seeds > 1 else ''}{grey}.{lift}",
+        ),
+        (
+            "Learning curves", plots.curve_plot,
+            [name for name in having("learning_curve") if len(methods[name]["learning_curve"]["epoch"]) > 1], 1, False,
+            f"Test accuracy by epoch{', mean over the seeds, the band one standard deviation' if seeds > 1 else ''}. "
+            "Look for curves that fall towards the end (overfitting) or still rise (too few epochs).",
+        ),
+        (
+            "Loss variation by class", plots.variation_plot, having("relative_loss_variation"), 1, False,
+            "By how much the perturbation changes the training loss of a class: (l′ − l) / l, with the class means l "
+            "without and l′ with it (Figure 1 of the LPL paper). Above zero a class is trained harder, below relieved. "
+            f"{order}{points}{grey}.",
+        ),
+    ]  # fmt: skip
+    for title, draw, names, needed, together, caption in figures:
+        if len(names) < needed:
+            continue
+        split = len(names) > plots.OVERLAY and not together
+        legend = "" if split or draw is plots.accuracy_plot else _key(methods, names)
+        caption += beside if split and draw is not plots.variation_plot and escape(names[0]) == first else ""
+        wide, narrow = draw(results, 8.4), draw(results, 3.7)  # inches
+        yield (
+            f"<h2>{title}</h2>\n<figure>\n<figcaption>{caption}</figcaption>\n{legend}\n"
+            f'<div class="wide">{wide}</div>\n<div class="narrow">{narrow}</div>\n</figure>'
+        )
+
+
+def _key(methods, names):
+    items = "".join(f"<li>{plots.swatch(i)}{escape(name)}</li>" for i, name in enumerate(methods) if name in names)
+    return f'<ul class="key">{items}</ul>'
+
+
+def _every_class(results):
+    """The per-class accuracies as numbers, folded away, most frequent class first; results.json has more than 200."""
+    data, methods = results["data"], {n: m["per_class"] for n, m in results["methods"].items() if m.get("per_class")}
+    counts = np.asarray(data["class_counts"])
+    if not methods or len(counts) > 200:
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in methods)
+    percent = lambda x: "–" if x is None else f"{100 * x:.1f}"
+    rows = [
+        f'<th scope="row"><div>{escape(str(data["class_names"][c]))}</div></th><td>{counts[c]}</td>'
+        + "".join(f"<td>{percent(values[c])}</td>" for values in methods.values())
+        for c in np.argsort(-counts, kind="stable")
+    ]
+    numbers = _scroll(f'<th scope="col">class</th><th scope="col">samples</th>{head}', rows)
+    return f"<details><summary>Every class in numbers (accuracy in %)</summary>\n{numbers}\n</details>"
+
+
+def _scroll(head, rows):
+    """A table that scrolls sideways by itself where the screen is narrow."""
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def _text(value):
+    """A setting as one would write it down."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} = {_text(v)}" for k, v in value.items())
+    return ", ".join(map(_text, value)) if isinstance(value, list | tuple) else "" if value is None else str(value)
+
+
+STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: #1d1d1f; }
+body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -.01em; margin: 0 0 1rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 2.75rem 0 .75rem; }
+p, figcaption, dl { max-width: 46rem; }
+.lead { font-size: 1.1rem; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.25rem; margin: 0 0 1rem; }
+dt { color: #5a5a60; }
+dd { margin: 0; overflow-wrap: anywhere; }
+pre { background: #f5f5f7; border-radius: 6px; padding: .8rem 1rem; font-size: .875rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.scroll { overflow-x: auto; margin: 0 0 1.25rem; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; min-width: 100%; }
+th, td { padding: .4rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e8; }
+thead th { vertical-align: bottom; border-bottom: 1.5px solid #1d1d1f; font-weight: 600; line-height: 1.25; }
+th small, td small { display: block; color: #5a5a60; font-weight: 400; font-size: .8em; }
+th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: #fff; }
+tbody th { font-weight: 400; }
+tbody th div { display: flex; align-items: center; width: max-content; max-width: 12rem; }
+tbody th div { white-space: normal; overflow-wrap: anywhere; }
+.swatch { margin-right: .5rem; vertical-align: middle; flex: none; }
+.notes { font-size: .875rem; }
+figure { margin: 0; }
+figcaption { margin: 0 0 .75rem; }
+figure div svg { display: block; max-width: 100%; height: auto; }
+.key { list-style: none; margin: 0 0 .5rem; padding: 0; font-size: .875rem; }
+.key { display: flex; flex-wrap: wrap; gap: .15rem 1.25rem; }
+.key li { overflow-wrap: anywhere; display: flex; align-items: center; }
+.narrow { display: none; }
+details { margin-top: 2.75rem; }
+summary { cursor: pointer; font-weight: 600; margin-bottom: .75rem; }
+footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid #e4e4e8; color: #5a5a60; font-size: .8rem; }
+@media (max-width: 44rem) {
+  main { padding: 1.5rem .9rem 3rem; }
+  h1 { font-size: 1.5rem; }
+  dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .5rem; }
+  tbody th div { max-width: 8rem; }
+  .wide { display: none; }
+  .narrow { display: block; }
+  .narrow svg { width: 100%; max-width: 30rem; }
+}
+@media print {
+  @page { margin: 15mm; }
+  main { max-width: none; padding: 0; }
+  body { font-size: 10pt; }
+  h2 { break-after: avoid; }
+  figure, tr, pre { break-inside: avoid; }
+  .wide { display: block; }
+  .narrow { display: none; }
+  .scroll { overflow: visible; }
+  table { font-size: 7.5pt; }
+  th, td { padding: .25rem .3rem; }
+  tbody th div { max-width: 8rem; }
+}
+"""

@@ -1,0 +1,161 @@
+"""A comparison's results, to be read: a table for the terminal, one self-contained page, and results.json.
+
+`results` is what results.json holds: {"command", "versions", "data", "settings", "methods": {name: numbers}};
+accuracies are fractions, missing numbers None, the first method is the reference. Tables show percent. The page has no
+script and fetches nothing, and the same results give the same bytes.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+ASCII_HEAD = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # only a line below the header
+
+
+def save_results(results: dict, path: str | os.PathLike) -> Path:
+    """Writes results as strict JSON (nan and infinity become null, arrays lists), at once: nobody reads half a file."""
+    text = json.dumps(_plain(results), indent=1, ensure_ascii=False, allow_nan=False)
+    flat = lambda found: "[" + re.sub(r"\s*\n\s*", " ", found[1]) + "]"  # a list of numbers on one line
+    return _write(re.sub(r"\[\n\s+([^\[\]{}\"]*?)\n\s+\]", flat, text) + "\n", path)
+
+
+def load_results(path: str | os.PathLike) -> dict:
+    """The results that `save_results` wrote. NaN and Infinity, which are not JSON, are refused."""
+
+    def refuse(constant):
+        raise ValueError(
+            f"load_results needs strict JSON, got {constant} in {path}. "
+            "Write the file with save_results(results, path), which puts null there."
+        )
+
+    return _checked("load_results", json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse))
+
+
+def table(results: dict, *, ascii: bool = False, wide: bool = False) -> Table:
+    """One row per method, as a rich table: accuracy, rare classes, difference to the first method, cost.
+
+    Columns without any number are left out. Long names are folded, so that 80 characters are enough.
+
+    Args:
+      ascii: plain characters only, +/- for ±, for terminals that can't show more. wide: more room between the columns.
+    """
+    results = _checked("table", results)
+    methods, marks = results["methods"], ("+/-", "-", "-") if ascii else ("±", "-", "–")
+    cells, seeds, first = text_cells(results, *marks), num_seeds(results), next(iter(methods))
+    plain = lambda text: Text(text.encode("ascii", "backslashreplace").decode() if ascii else text)
+    title = {"accuracy": "accuracy", "head": "head", "medium": "med.", "tail": "tail", "difference": "difference"}
+    title |= {"cost_ratio": "cost", "gradient_evaluations": "grads", "seconds": "secs"}
+    note = f"accuracy in % at the last epoch, {f'mean {marks[0]} std over {seeds} seeds' if seeds > 1 else 'one seed'}"
+    if "difference" in cells:
+        note += f"; difference to {first} in points" + (", [95 % interval, paired over seeds]" if seeds > 1 else "")
+    note += "; cost: times plain training" * ("cost_ratio" in cells)
+    note += "; grads: gradient evaluations a step" * ("gradient_evaluations" in cells)
+    out = Table(
+        box=ASCII_HEAD if ascii else box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1) if wide else 0,
+        pad_edge=False,
+        caption=plain(note),
+        caption_justify="left",
+    )
+    out.add_column("method", overflow="fold")
+    shown = [key for key in title if key in cells]
+    for key in shown:
+        out.add_column(title[key], justify="right", no_wrap=True)
+    for i, name in enumerate(methods):
+        out.add_row(plain(name), *(Text(cells[key][i]) for key in shown))
+    return out
+
+
+def print_table(results: dict, console: Console | None = None) -> None:
+    """Prints `table` to a console (None: standard output); plain characters where the encoding is not UTF."""
+    console = console or Console()
+    console.print(table(results, ascii=not console.encoding.lower().startswith("utf"), wide=console.width >= 100))
+
+
+def write_report(results: dict, path: str | os.PathLike) -> Path:
+    """Writes the page: what was trained, the table, the figures, and how to read them. Needs nothing but a browser."""
+    from perturbjax.analysis.page import page  # matplotlib takes most of a second to import
+
+    return _write(page(_checked("write_report", results)), path)
+
+
+# Numbers as text ------------------------------------------------------------------------------------------------------
+
+
+def text_cells(results: dict, plus_minus: str = "±", minus: str = "−", none: str = "–") -> dict[str, list[str]]:
+    """{column: one text per method}, without the columns that have no number at all."""
+    number = lambda x, form: none if x is None else form.format(x)
+    signed = lambda x: re.sub(r"^[+-](0\.0)$", r"\1", f"{100 * x:+.1f}").replace("-", minus)
+
+    def spread(entry):
+        if not entry or entry["mean"] is None:
+            return none
+        percent = f"{100 * entry['mean']:.1f}"
+        return f"{percent} {plus_minus} {100 * entry['std']:.1f}" if len(entry["values"]) > 1 else percent
+
+    def difference(entry):
+        if not entry or entry["mean"] is None:
+            return none
+        interval = "" if entry["low"] is None else f" [{signed(entry['low'])}, {signed(entry['high'])}]"
+        return signed(entry["mean"]) + interval.replace("+", "")
+
+    mean = lambda entry: number(100 * entry["mean"] if entry and entry["mean"] is not None else None, "{:.1f}")
+    seconds = lambda x: none if x is None else f"{x:.1f}" if x < 100 else f"{x:.0f}"
+    forms = {"accuracy": spread, "difference": difference, "best_epoch_accuracy": spread, "top5": mean, "ece": mean}
+    forms |= dict.fromkeys(("head", "medium", "tail"), mean)
+    forms |= dict.fromkeys(("cost_ratio", "gradient_evaluations", "inner_evaluations"), lambda x: number(x, "{:.2f}"))
+    forms["seconds"] = seconds
+    cells = {key: [form(m.get(key)) for m in results["methods"].values()] for key, form in forms.items()}
+    return {key: column for key, column in cells.items() if any(cell != none for cell in column)}
+
+
+def num_seeds(results: dict) -> int:
+    """The most seeds that any method was run with."""
+    return max((len(m["accuracy"]["values"]) for m in results["methods"].values() if m.get("accuracy")), default=0)
+
+
+# Files and plain values -----------------------------------------------------------------------------------------------
+
+
+def _checked(function, results):
+    if not isinstance(results, dict) or not results.get("methods"):
+        got = f"the keys {sorted(results)}" if isinstance(results, dict) else type(results).__name__
+        raise ValueError(
+            f"{function} needs results with at least one entry in 'methods', got {got}. "
+            "Write load_results('results.json') to read what compare.py wrote."
+        )
+    return _plain(results)
+
+
+def _plain(value):
+    """value as strict JSON has it: arrays as lists, numpy scalars as numbers, nan and infinity as None, keys text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _write(text, path):
+    """Writes to a file beside it first, then puts that in its place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(draft, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path

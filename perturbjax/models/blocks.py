@@ -1,0 +1,88 @@
+"""What the convolutional models are made of."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from jax import lax
+
+from perturbjax.models.conv import conv_general_dilated
+from perturbjax.models.net import Net, at_least_float32
+
+CONVOLUTIONS = {"canonical": conv_general_dilated, "lax": lax.conv_general_dilated}
+
+
+class Ops(NamedTuple):
+    """The three operations of a block; each names the submodule it makes."""
+
+    convolution: Callable
+    initializer: Callable
+    dropout: float
+    dtype: Any
+    train: bool
+
+    def conv(self, name: str, x: jax.Array, features: int, stride: int = 1, size: int = 3) -> jax.Array:
+        # The padding is written out: "SAME" would pad (0, 1) at stride 2, half a pixel off the shortcut x[:, ::2, ::2].
+        padding = [(size // 2, size // 2)] * 2
+        options = dict(use_bias=False, dtype=self.dtype, kernel_init=self.initializer, conv_general_dilated=self.convolution)
+        return nn.Conv(features, (size, size), (stride, stride), padding, name=name, **options)(x)
+
+    def norm(self, name: str, x: jax.Array) -> jax.Array:
+        wide = at_least_float32(self.dtype)
+        norm = nn.BatchNorm(not self.train, momentum=0.9, epsilon=1e-5, dtype=wide, name=name)
+        return norm(x.astype(wide)).astype(self.dtype)  # as flax does it, but without implicit promotion
+
+    def drop(self, name: str, x: jax.Array) -> jax.Array:
+        return nn.Dropout(self.dropout, deterministic=not self.train, name=name)(x)
+
+
+class ConvNet(Net, kw_only=True):
+    """width: channels of the stem. conv: "canonical" (fast inside loops on CPU) or "lax" (allows forward mode)."""
+
+    width: int = 16
+    conv: str = "canonical"
+
+    fan = "fan_in"  # of He's initialisation
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.conv not in CONVOLUTIONS:
+            raise ValueError(
+                f"{type(self).__name__} needs conv among {tuple(CONVOLUTIONS)}, got {self.conv!r}. "
+                'Write conv="canonical".'
+            )
+
+    def ops(self, train: bool) -> Ops:
+        he = nn.initializers.variance_scaling(2.0, self.fan, "normal")
+        return Ops(CONVOLUTIONS[self.conv], he, self.dropout, self.dtype, train)
+
+
+class Unit(nn.Module):
+    """relu(norm(conv(x)))."""
+
+    features: int
+    stride: int
+    ops: Ops
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.relu(self.ops.norm("norm", self.ops.conv("conv", x, self.features, self.stride)))
+
+
+class Stage(nn.Module):
+    """Blocks in a row; the first one has the stride."""
+
+    block: Callable[..., nn.Module]
+    num_blocks: int
+    features: int
+    stride: int
+    ops: Ops
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(self.ops.dtype)  # a slice may start from a value of another type
+        for i in range(self.num_blocks):
+            x = self.block(self.features, self.stride if i == 0 else 1, self.ops, name=f"block{i}")(x)
+        return x

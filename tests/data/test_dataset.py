@@ -1,0 +1,180 @@
+"""perturbjax.data.dataset: what a data set knows about itself, and every error before training."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perturbjax.data import Dataset, check
+from perturbjax.data.dataset import draw, stratified
+
+
+def small(**changes):
+    """Twelve 4x4x3 images of three classes; not yet checked."""
+    rng = np.random.default_rng(0)
+    base = {
+        "name": "small",
+        "train_images": rng.integers(0, 256, [12, 4, 4, 3], dtype=np.uint8),
+        "train_labels": np.arange(12) % 3,
+        "test_images": rng.integers(0, 256, [6, 4, 4, 3], dtype=np.uint8),
+        "test_labels": np.arange(6) % 3,
+    }
+    return Dataset(**(base | changes))
+
+
+def test_normal_form_and_properties():
+    d = check(small(class_names=["a", b"b", np.str_("c")], train_labels=np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2])))
+    assert (d.num_classes, d.class_names, d.image_shape) == (3, ("a", "b", "c"), (4, 4, 3))
+    np.testing.assert_array_equal(d.class_counts, [7, 4, 1])
+    np.testing.assert_array_equal(d.train_index, np.arange(12))
+    np.testing.assert_array_equal(d.true_labels, d.train_labels)
+    for array in (d.train_labels, d.test_labels, d.true_labels, d.train_index):
+        assert array.dtype == np.int32
+    assert not d.flipped.any() and d.flipped.dtype == bool and d.views == ()
+    assert repr(d) == "small: 12 training and 6 test images of 4x4x3 uint8, 3 classes of 1 to 7"
+
+
+def test_check_twice_is_check_once():
+    once = check(
+        small(train_domains=np.arange(12) % 2, validation_images=small().test_images, validation_labels=[0] * 6)
+    )
+    for field in dataclasses.fields(Dataset):
+        np.testing.assert_array_equal(getattr(check(once), field.name), getattr(once, field.name))
+
+
+def test_accepted_forms():
+    d = check(small())
+    keras = check(small(train_labels=np.arange(12, dtype=np.uint8)[:, None] % 3))  # labels [N, 1]
+    np.testing.assert_array_equal(keras.train_labels, d.train_labels)
+    grey = check(small(train_images=d.train_images[..., 0], test_images=d.test_images[..., 0]))
+    assert grey.image_shape == (4, 4, 1)
+    wide = check(small(train_images=d.train_images / 255, test_images=d.test_images / 255))  # float64
+    assert wide.train_images.dtype == np.float32 and wide.class_names == ("0", "1", "2")
+    listed = check(small(train_labels=[0, 1, 2] * 4, test_labels=[0] * 6))
+    np.testing.assert_array_equal(listed.train_labels, d.train_labels)
+
+
+@pytest.mark.parametrize("num", [12, 2500])  # less and more than a block
+def test_channel_stats_are_those_of_all_pixels(num):
+    images = np.random.default_rng(1).integers(0, 256, [num, 4, 4, 3], dtype=np.uint8)
+    labels = np.arange(num) % 3
+    for factor, dtype, tol in ((1, np.uint8, 1e-12), (255, np.float32, 1e-6)):
+        d = check(small(train_images=(images / factor).astype(dtype), train_labels=labels,
+                        test_images=(images / factor).astype(dtype), test_labels=labels))  # fmt: skip
+        mean, std = d.channel_stats()
+        np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), rtol=tol)
+        np.testing.assert_allclose(std, (images / 255).std((0, 1, 2)), rtol=tol)
+        assert all(type(x) is float for x in mean + std)
+
+
+def test_a_constant_channel_has_no_deviation():
+    assert check(small(train_images=np.full([12, 4, 4, 3], 77, np.uint8))).channel_stats()[1] == (0.0, 0.0, 0.0)
+
+
+def test_subset_hash_names_samples_labels_and_test_labels():
+    d = check(small())
+    changed = [
+        d,
+        dataclasses.replace(d, train_index=d.train_index[::-1]),
+        dataclasses.replace(d, train_labels=(d.train_labels + 1) % 3),
+        dataclasses.replace(d, test_labels=(d.test_labels + 1) % 3),
+        dataclasses.replace(d, test_labels=d.test_labels[:5]),
+    ]
+    hashes = [x.subset_hash for x in changed]
+    assert len(set(hashes)) == 5 and all(re.fullmatch("[0-9a-f]{12}", h) for h in hashes)
+    assert dataclasses.replace(d, name="other", train_images=d.train_images + 1).subset_hash == d.subset_hash
+    assert d.subset_hash == "eb612deaf062"  # the same on every machine and version
+
+
+NAN = np.zeros([12, 4, 4, 3])
+NAN[3, 0, 0, 0], NAN[5, 1, 1, 1] = np.nan, np.inf
+TWO = {"train_images": np.zeros([0, 4, 4, 3], np.uint8), "train_labels": np.zeros(0, int)}
+TRAIN, TEST = small().train_images, small().test_images
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_labels": np.array([0, 1, 2, 7, 0, 1, 2, 7, 0, 1, 2, 0]), "class_names": "abc"},
+         "train_labels of small in 0..2, got 7 at position 3 (2 such labels)"),
+        ({"train_labels": np.array([0, 1, 2, 0, -1, 1, 2, 0, 0, 1, 2, 0])}, "got -1 at position 4 (1 such labels)"),
+        ({"test_labels": np.array([0, 1, 2, 3, 0, 1]), "class_names": "abc"}, "test_labels of small in 0..2, got 3 at"),
+        ({"train_labels": np.array([0, 1, 10**9] * 4)}, "got 1000000000 at position 2"),
+        ({"train_labels": np.array([0, 1, 2**40] * 4)}, f"got {2**40} at position 2"),
+        ({"train_labels": np.arange(12) % 3 + 1}, "got none of class 0 ('0'; 1 such classes)"),
+        ({"train_labels": np.arange(12) % 3 + 1}, "labels - 1"),
+        ({"class_names": "abcd"}, "got none of class 3 ('d'; 1 such classes)"),
+        ({"train_labels": np.arange(12) % 3 * 1.0}, "as integers, got dtype float64. Write labels.astype(np.int32)"),
+        ({"train_labels": np.array(["a", "b", "c"] * 4)}, "np.unique(labels, return_inverse=True)[1] for names"),
+        ({"train_labels": np.eye(3, dtype=int)[np.arange(12) % 3]}, "got shape [12, 3]. Write labels.argmax(-1)"),
+        ({"train_labels": np.arange(11) % 3}, "one for each of the 12 images, got 11"),
+        ({"test_labels": np.arange(5) % 3}, "one for each of the 6 images, got 5"),
+        ({"train_labels": np.zeros(12, int), "test_labels": np.zeros(6, int)}, "at least 2 classes of small, got 1"),
+        ({"train_images": NAN}, "finite train_images of small, got 2 pixels that are not, the first in image 3"),
+        ({"train_images": TRAIN.astype(np.int64)}, "got dtype int64. Write images.astype(np.uint8)"),
+        ({"train_images": TRAIN > 9}, "got dtype bool"),
+        ({"train_images": TRAIN * 1.0}, "write images / 255"),
+        ({"train_images": TRAIN / 16.0}, "got 0 to 15.9375. They look like 0..16 (scikit-learn's digits): write"),
+        ({"train_images": TRAIN / 127.5 - 1}, "They look normalised already"),
+        ({"train_images": TRAIN * 257.0}, "Write images / 65535."),
+        ({"train_images": TRAIN.reshape(12, -1)}, "got shape [12, 48]. Write images.reshape(-1, H, W, channels)"),
+        ({"train_images": np.zeros([12, 3, 8, 8], np.uint8)}, "channels last, got shape [12, 3, 8, 8]"),
+        ({"train_images": TRAIN[..., :0]}, "got shape [12, 4, 4, 0]"),
+        ({"test_images": TEST / 255}, "like the training images, [4, 4, 3] uint8, got [4, 4, 3] float32"),
+        ({"test_images": TEST[:, :2]}, "got [2, 4, 3] uint8"),
+        ({"test_images": TEST[:0], "test_labels": np.zeros(0, int)}, "test_images of small with at least one"),
+        (TWO, "train_images of small with at least one image, got none"),
+        ({"validation_images": TEST}, "got validation_images only. Give validation_labels too"),
+        ({"validation_labels": np.zeros(6, int)}, "got validation_labels only. Give validation_images too"),
+        ({"validation_images": TEST, "validation_labels": np.full(6, 3)}, "validation_labels of small in 0..2, got 3"),
+        ({"validation_images": TEST[:, :2], "validation_labels": np.zeros(6, int)}, "validation_images of small like"),
+        ({"train_domains": np.zeros(5, int)}, "train_domains of small, one for each of the 12 images, got 5"),
+        ({"test_domains": np.full(6, 2), "domain_names": ("x", "y")}, "test_domains of small in 0..1, got 2"),
+        ({"train_index": np.arange(5)}, "train_index of small as 12 integers, got int64 [5]"),
+        ({"true_labels": np.full(12, 3)}, "true_labels of small in 0..2, got 3 at position 0 (12 such labels)"),
+    ],
+)  # fmt: skip
+def test_errors_say_what_was_found_and_what_to_write(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(small(**changes))
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=30),
+    st.lists(st.integers(0, 8), min_size=5, max_size=5),
+    st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=50)
+def test_draw_takes_each_groups_quota_once(groups, quota, seed):
+    groups, quota = np.array(groups), np.array(quota)
+    drawn = draw(groups, quota, np.random.default_rng(seed))
+    assert (np.diff(drawn) > 0).all()  # sorted, none twice
+    np.testing.assert_array_equal(
+        np.bincount(groups[drawn], minlength=5), np.minimum(np.bincount(groups, minlength=5), quota)
+    )
+    assert np.isin(draw(groups, quota // 2, np.random.default_rng(seed)), drawn).all()  # nested
+
+
+def test_draw_is_uniform():
+    groups, hits = np.array([0] * 6 + [1] * 2), np.zeros(8)
+    for seed in range(1500):
+        hits[draw(groups, np.array([3, 1]), np.random.default_rng(seed))] += 1
+    np.testing.assert_allclose(hits / 1500, 0.5, atol=0.065)  # 5 standard deviations of a mean of 1500
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=40),
+    st.floats(0.01, 0.99),
+    st.integers(0, 9),
+)
+@settings(deadline=None, max_examples=50)
+def test_stratified_share_of_every_class_in_every_domain(pairs, share, seed):
+    labels, domains = np.array(pairs).T
+    held = stratified(share, labels, domains, np.random.default_rng(seed))
+    for c, d in set(pairs):
+        here = (labels == c) & (domains == d)
+        want = 0 if here.sum() == 1 else min(max(round(share * here.sum()), 1), here.sum() - 1)
+        assert held[here].sum() == want

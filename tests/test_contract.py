@@ -1,0 +1,238 @@
+"""What every method promises, tested once for all of them: a method joins by being exported (it is found by its coordinates)."""
+
+import inspect
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import perturbjax as pj
+from perturbjax import spec, taxonomy
+
+METHODS = [f for f in vars(pj).values() if hasattr(f, "coordinates")]
+SWITCHABLE = [f for f in METHODS if f.off is not None]
+# Partners are drawn within the batch at hand, so per-device code mixes within each device's share: by nature, and documented.
+MIX_WITHIN_THE_BATCH = {"mixup", "manifold_mixup"}
+
+
+def each(methods):
+    """Parametrises over methods; optax's own add_noise mixes dtypes."""
+    marks = lambda f: [pytest.mark.optax_promotes] if f is pj.gradient_noise else []
+    return pytest.mark.parametrize("make", [pytest.param(f, id=f.__name__, marks=marks(f)) for f in methods])
+
+
+every_method = each(METHODS)
+
+CLASSES, BATCH, SIDE = 5, 16, 4
+
+
+def normalised(x, running, train):
+    """A bare BatchNorm: batch statistics in training, running ones otherwise; returns the new running mean."""
+    mean = x.mean(0) if train else running
+    return x - mean[None], 0.9 * running + 0.1 * jax.lax.stop_gradient(x.mean(0))
+
+
+def stage(name):
+    def run(w, x, stats, *, train, key):
+        hidden, new = normalised(jnp.tanh(x.reshape(x.shape[0], -1) @ w[name]), stats[name], train)
+        return hidden, {**stats, name: new}
+
+    return run
+
+
+LINE = pj.line(
+    {
+        "stage1": stage("a"),
+        "stage2": stage("b"),
+        "features": lambda w, x, stats, **_: (x, stats),
+        "logits": lambda w, x, stats, **_: (x @ w["w"].T + w["b0"][None], stats),
+    },
+    stateful=True,
+    head=lambda w: (w["w"], w["b0"]),
+)
+
+
+def problem(seed=0):
+    """Parameters, BatchNorm statistics and a batch in which class 4 is absent, though the training set has it."""
+    a, b, c, d, e = jax.random.split(jax.random.key(seed), 5)
+    params = {
+        "a": 0.5 * jax.random.normal(a, [SIDE * SIDE, 8]),
+        "b": 0.5 * jax.random.normal(b, [8, 6]),
+        "w": jax.random.normal(c, [CLASSES, 6]),
+        "b0": jnp.zeros([CLASSES]),
+    }
+    stats = {"a": jnp.zeros([8]), "b": jnp.zeros([6])}
+    labels = jax.random.randint(e, [BATCH], 0, CLASSES - 1)
+    return params, stats, pj.batch(jax.random.uniform(d, [BATCH, SIDE, SIDE]), labels, index=100 + jnp.arange(BATCH))
+
+
+COUNTS = np.array([50, 30, 20, 10, 5])
+
+
+def parts(made):
+    """A method as (chain, optimiser)."""
+    if hasattr(made, "update"):
+        return (), optax.chain(made, optax.sgd(0.1))
+    return pj.chain(made), optax.chain(optax.identity(), optax.sgd(0.1))
+
+
+def start(made, params, stats, batch):
+    links, tx = parts(made)
+    objective = pj.objective(LINE, links, num_classes=CLASSES, class_counts=COUNTS)
+    # Buffers of their own: an init may hand out one array twice.
+    states = jax.tree.map(jnp.array, objective.init(params, batch.inputs, stats=stats))
+    return params, stats, states, tx.init(params)
+
+
+def one_step(made, state, batch, key, *, axis_name=None, epoch=1):
+    """One optimiser step with everything a trainer passes: (state, loss)."""
+    params, stats, states, opt_state = state
+    links, tx = parts(made)
+    objective = pj.objective(LINE, links, num_classes=CLASSES, class_counts=COUNTS, axis_name=axis_name)
+
+    def loss(params):
+        return objective(params, states, batch, key=key, progress=0.5, epoch=epoch, stats=stats)
+
+    average = (lambda tree: tree) if axis_name is None else (lambda tree: jax.lax.pmean(tree, axis_name))
+    (value, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    grad_fn = lambda p: average(jax.grad(loss, has_aux=True)(p)[0])
+    updates, opt_state = tx.update(average(grads), opt_state, params, grad_fn=grad_fn, key=key, labels=batch.labels)
+    return (optax.apply_updates(params, updates), average(out.stats), out.states, opt_state), average(value)
+
+
+def run(make, *, settings=None, seed=0, steps=2):
+    """`steps` jitted steps (the second in a later epoch, when epoch statistics are in use): states, losses."""
+    params, stats, batch = problem(seed)
+    made = make(**(settings or {})) if make is not pj.ce else ()
+    state, losses = start(made, params, stats, batch), []
+    step = jax.jit(lambda state, key, epoch: one_step(made, state, batch, key, epoch=epoch))
+    for number in range(steps):
+        state, loss = step(state, jax.random.key(number), jnp.int32(number))
+        losses.append(loss)
+    return state, losses
+
+
+def assert_trees_close(a, b, **tolerance):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **tolerance)
+
+
+def test_the_first_wave_is_exported():
+    names = {f.__name__ for f in METHODS}
+    assert names >= {"mixup", "adversarial_training", "lpa", "dropout", "logit_adjustment", "lpl", "label_smoothing"}
+    assert names >= {"bootstrapping", "focal", "class_weighting", "lpg", "gradient_clipping", "gradient_noise", "sam", "pugd"}
+    assert names >= {"manifold_mixup", "isda"}
+    assert set(taxonomy.registry()) >= {"ce", "la", "at", "ls", "bootstrap", "weighting", "clip", "noise"}
+
+
+@every_method
+def test_conventions(make):
+    for p in inspect.signature(make).parameters.values():
+        assert p.default is not p.empty and p.kind is p.KEYWORD_ONLY, f"{make.__name__}({p.name})"
+        assert p.annotation is not p.empty, f"{make.__name__}({p.name}) is not annotated"
+        assert p.name in make.__doc__, f"{make.__name__} doesn't say what {p.name} is"
+    module = sys.modules[make.__module__].__doc__
+    assert "Source:" in module and make.__doc__ and make.cite
+
+
+@every_method
+def test_a_step_is_finite_and_keeps_the_state_as_it_is(make):
+    params, stats, batch = problem()
+    before = start(make(), params, stats, batch)
+    after, losses = run(make)
+    assert np.isfinite(losses).all()
+    for leaf in jax.tree.leaves(after):
+        assert np.isfinite(np.asarray(leaf)).all()
+    signature = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree)
+    assert signature(before) == signature(after)
+
+
+@every_method
+def test_all_numbers_of_a_structure_share_one_compilation(make):
+    chain = spec.parse_chain(make.alias or make.__name__)
+    structure, numbers = spec.split_numbers(chain, taxonomy.registry(), taxonomy.helpers())
+    params, stats, batch = problem()
+    state, traces = start(make(), params, stats, batch), []
+
+    @jax.jit
+    def step(state, numbers, key):
+        traces.append(1)
+        [made] = spec.build(structure, numbers, taxonomy.registry(), taxonomy.helpers())
+        return one_step(made, state, batch, key)
+
+    for number in range(3):
+        scaled = tuple(jnp.float32(x * (1 - 0.1 * number)) for x in numbers)
+        state, loss = step(state, scaled, jax.random.key(number))
+        assert np.isfinite(loss)
+    assert len(traces) == 1
+
+
+@each(SWITCHABLE)
+def test_switched_off_is_plain_training_bit_for_bit(make):
+    (params, stats, _, _), losses = run(make, settings=make.off)
+    (plain_params, plain_stats, _, _), plain_losses = run(pj.ce)
+    jax.tree.map(np.testing.assert_array_equal, (losses, params, stats), (plain_losses, plain_params, plain_stats))
+
+
+@each(SWITCHABLE)
+def test_switched_on_is_not_plain_training(make):
+    (params, _, _, _), _ = run(make, settings=dict(bound=0.05) if make is pj.gradient_clipping else None, steps=3)
+    (plain, _, _, _), _ = run(pj.ce, steps=3)
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, plain))) > 1e-6
+
+
+@every_method
+def test_vmapped_seeds_are_single_seeds(make):
+    seeds = range(3)
+    step = lambda state, batch, key: one_step(make(), state, batch, key)
+    states = [start(make(), *problem(s)) for s in seeds]
+    batches, keys = [problem(s)[2] for s in seeds], jax.random.split(jax.random.key(0), 3)
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    together = jax.jit(jax.vmap(step))(stack(states), stack(batches), keys)
+    single = jax.jit(step)
+    for s in seeds:
+        alone = single(states[s], batches[s], keys[s])
+        assert_trees_close(jax.tree.map(lambda x, s=s: x[s], together), alone, rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_eight_devices_are_one_device(make):
+    params, stats, batch = problem()
+    step = jax.jit(lambda state, batch, key: one_step(make(), state, batch, key))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("d")))
+    key, replicated = jax.random.key(3), NamedSharding(mesh, PartitionSpec())
+    state = start(make(), params, stats, batch)
+    out = step(jax.device_put(state, replicated), sharded, jax.device_put(key, replicated))
+    assert_trees_close(out, step(state, batch, key), rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_per_device_code_takes_class_statistics_over_all_devices(make, monkeypatch):
+    if make.__name__ in MIX_WITHIN_THE_BATCH:
+        assert "device" in make.__doc__ or "device" in sys.modules["perturbjax.feature.mixup"].mixup.__doc__
+        return
+    # BatchNorm without synchronisation sees its own device's samples; that is not what is tested here.
+    monkeypatch.setitem(globals(), "normalised", lambda x, running, train: (x, running))
+    params, stats, batch = problem()
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    P = PartitionSpec
+    mapped = jax.shard_map(
+        lambda state, batch, key: one_step(make(), state, batch, key, axis_name="d"),
+        mesh=mesh, in_specs=(P(), P("d"), P()), out_specs=P(), check_vma=False,
+    )  # fmt: skip
+    state = start(make(), params, stats, batch)
+    key = jax.random.key(3)
+    one = jax.jit(lambda state, batch, key: one_step(make(), state, batch, key))(state, batch, key)
+    assert_trees_close(jax.jit(mapped)(state, batch, key), one, rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_every_method_is_in_the_table_once_for_each_of_its_targets_and_granularities(make):
+    at, name = make.coordinates, f"{make.alias or make.__name__}{taxonomy.sign(make.coordinates.direction)}"
+    found = [(row["target"], row["granularity"]) for row in taxonomy.table() if name in row[at.inference]]
+    assert sorted(found) == sorted((t, g) for t in at.target for g in at.granularity)
