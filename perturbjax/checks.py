@@ -31,7 +31,8 @@ def check_number(function: str, *, low: float = -np.inf, high: float = np.inf, o
             raise ValueError(f"{function} needs a number for {name}, got {value!r}.") from None
         outside = np.isnan(array) | (array < low) | (array > high) | (open_low & (array == low))
         if outside.any():
-            rule = f"{name} {'>' if open_low else '>='} {low:g}" if high == np.inf else f"{low:g} <= {name} <= {high:g}"
+            below = "<" if open_low else "<="
+            rule = f"{name} {'>' if open_low else '>='} {low:g}" if high == np.inf else f"{low:g} {below} {name} <= {high:g}"
             if low == -np.inf:
                 rule = f"a finite {name}" if high == np.inf else f"{name} <= {high:g}"
             raise ValueError(f"{function} needs {rule}, got {value}.")
@@ -72,7 +73,8 @@ def check_labels(function: str, labels: Any, num_classes: int) -> None:
         raise ValueError(f"{function} needs integer labels, got {array.dtype}. Cast them: labels.astype('int32').")
     bad = np.flatnonzero((array < 0) | (array >= num_classes))
     if bad.size:
+        larger = f" or set num_classes={int(array.max()) + 1}" if array.min() >= 0 else ""
         raise ValueError(
             f"{function} needs labels in 0..{num_classes - 1}, got {array[bad[0]]} at position {bad[0]} "
-            f"({bad.size} such labels). Drop these rows or set num_classes={int(array.max()) + 1}."
+            f"({bad.size} such labels). Drop these rows{larger}."
         )

@@ -98,12 +98,12 @@ def running_mean_update(
     new_epoch = jnp.asarray(epoch, jnp.int32) != state.epoch
     finished = new_epoch & (state.count > 0)
     mean = jnp.where(finished.reshape(column), state.total / jnp.maximum(state.count, 1).reshape(column), state.mean)
-    kept = jnp.where(new_epoch, 0.0, 1.0)
+    kept = lambda sums: jnp.where(new_epoch, 0, sums)  # not 0·sums, which would keep a nan for ever
     return RunningMean(
         mean=mean,
         seen=state.seen | finished,
-        total=kept * state.total + total,
-        count=kept * state.count + count,
+        total=kept(state.total) + total,
+        count=kept(state.count) + count,
         epoch=jnp.asarray(epoch, jnp.int32),
     )
 

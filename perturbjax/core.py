@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_labels
-from perturbjax.classes import AxisName, wide
+from perturbjax.classes import AxisName, at_least_float32, wide
 from perturbjax.line import Line, line
 
 TAIL = ("prediction", "label", "loss", "logit_gradient")
@@ -203,19 +203,20 @@ class Objective:
           validation: a clean batch for links that learn from one.
           train: False runs BatchNorm and the model's dropout in evaluation mode.
         """
-        labels = jnp.asarray(data.labels)
+        inputs, labels = jnp.asarray(data.inputs), jnp.asarray(data.labels)
         count, num_classes = labels.shape[0], self.context.num_classes
-        ones = jnp.ones([count], jnp.float32)
+        dtype = at_least_float32(inputs.dtype)
+        weight = lambda given: jnp.ones([count], dtype) if given is None else jnp.asarray(given, dtype)
         flow = Flow(
-            value=data.inputs,
+            value=inputs,
             labels=labels,
-            targets=jax.nn.one_hot(labels, num_classes, dtype=jnp.float32) if data.targets is None else data.targets,
-            weights=(ones if data.weights is None else data.weights) * (ones if weights is None else weights),
+            targets=jax.nn.one_hot(labels, num_classes, dtype=dtype) if data.targets is None else jnp.asarray(data.targets, dtype),
+            weights=weight(data.weights) * weight(weights),
             index=jnp.arange(count, dtype=jnp.int32) if data.index is None else data.index,
             side=data.side,
             trace={},
             extra={},
-            penalty=jnp.zeros([count], jnp.float32),
+            penalty=jnp.zeros([count], dtype),
             stats=stats,
         )
         context = self.context._replace(
@@ -259,7 +260,7 @@ def objective(
     given |= {"class_counts"} if class_counts is not None else set()
     for link in links:
         for need in link.needs:
-            if need not in given and need not in made.sites:
+            if need not in given and need not in made.sites + TAIL[:-1]:
                 how = {
                     "head": "Give pj.line(..., head=lambda variables: (W, b)).",
                     "class_counts": "Pass class_counts= (numpy.bincount(labels, minlength=C)).",
@@ -294,7 +295,11 @@ class _Pass:
     def run(self, flow: Flow) -> tuple[Flow, tuple, dict]:
         """The outer pass, which keeps states, statistics and metrics; then the links at the logit gradient."""
         states, metrics = list(self.states), {}
-        keep = lambda i, state, found: (states.__setitem__(i, state), _collect(metrics, self.links[i].name, found))
+
+        def keep(i, state, found):
+            states[i] = state
+            _collect(metrics, self.links[i].name, found)
+
         at_logits = self._walk(flow, 0, 0, self.context.key, keep, stop=len(self.line.sites))
         flow = self._walk(at_logits, len(self.line.sites), 0, self.context.key, keep, enter=True)
         if any(link.site == "logit_gradient" for link in self.links):
@@ -359,7 +364,8 @@ class _Pass:
 
         def total(value):
             moved = at_logits._replace(value=value, trace={**at_logits.trace, "logits": value})
-            return self._walk(moved, len(self.line.sites), 0, self.context.key, enter=True).value.sum()
+            # With a `keep`, links that search take part too: h is the gradient of the losses as the outer pass has them.
+            return self._walk(moved, len(self.line.sites), 0, self.context.key, lambda *_: None, enter=True).value.sum()
 
         flow = end._replace(value=jax.lax.stop_gradient(jax.grad(total)(jax.lax.stop_gradient(u))))
         before = flow.value
@@ -430,9 +436,10 @@ def method(
 
     def wrap(factory: Callable) -> Callable:
         @functools.wraps(factory)
-        def make(**settings):
+        def named(**settings):
             return _named(factory(**settings), factory.__name__)
 
+        make: Any = named
         make.coordinates, make.cite, make.off, make.alias = coordinates, cite, off, alias
         if resolve_structure is not None:
             make.resolve_structure = resolve_structure

@@ -78,7 +78,8 @@ def line(
     if hasattr(model, "sites") and hasattr(model, "apply"):
         return _from_module(model)
     pieces = dict(model) if isinstance(model, Mapping) else {"logits": model}
-    if not pieces or not all(callable(piece) for piece in pieces.values()):
+    # A Flax module is callable, but only inside another one.
+    if not pieces or not all(callable(piece) and not hasattr(piece, "apply") for piece in pieces.values()):
         raise ValueError(
             f"line needs a Flax module with sites, a function or a mapping from site to function, got {model!r}. "
             "For a Flax model without sites write pj.line(model.apply)."

@@ -8,7 +8,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
+
+from perturbjax.checks import check_choice
 
 Norm = Literal["l2", "linf", "l1"]
 NORMS = ("l2", "linf", "l1")
@@ -35,8 +36,9 @@ def unit(x: jax.Array) -> jax.Array:
 def project(delta: jax.Array, bound: jax.Array, norm: Norm = "l2") -> jax.Array:
     """The nearest point of the ball of radius `bound` [G] around zero, for each group of `delta` [G, ...].
 
-    Source: l2 and l∞ in closed form; l1 after Duchi et al., ICML 2008 (optax.projections).
+    Source: l2 and l∞ in closed form; l1 after Duchi et al., ICML 2008.
     """
+    check_choice("project", "norm", norm, NORMS)
     if norm == "linf":
         radius = per_group(bound, delta)
         return jnp.clip(delta, -radius, radius)
@@ -46,12 +48,10 @@ def project(delta: jax.Array, bound: jax.Array, norm: Norm = "l2") -> jax.Array:
         # Both branches stay finite, also for an infinite radius, so that derivatives do too.
         shrink = jnp.where(outside, bound, 1) / jnp.where(outside, length, 1)
         return delta * per_group(jnp.where(outside, shrink, 1), delta)
+    # Every entry shrinks by θ = max_k ((sum of the k largest) − ε)/k, which is at most 0 inside the ball.
     flat = delta.reshape(delta.shape[0], -1)
-    outside = jnp.sum(jnp.abs(flat), axis=1) > bound
-    # Only groups outside a ball of positive radius reach the sorting projection; its answer elsewhere could be nan.
-    usable = outside & (bound > 0)
-    shrunk = jax.vmap(optax.projections.projection_l1_ball)(
-        jnp.where(usable[:, None], flat, 1), jnp.where(usable, bound, 1)
-    )
-    inside = jnp.where(outside[:, None], 0, flat)
-    return jnp.where(usable[:, None], shrunk, inside).reshape(delta.shape)
+    size = jnp.abs(flat)
+    largest = jnp.sort(size, axis=1, descending=True)
+    excess = (jnp.cumsum(largest, axis=1) - bound[:, None]) / jnp.arange(1, flat.shape[1] + 1, dtype=flat.dtype)[None]
+    theta = jnp.maximum(excess.max(axis=1), 0)
+    return (jnp.sign(flat) * jnp.maximum(size - theta[:, None], 0)).reshape(delta.shape)

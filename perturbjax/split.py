@@ -70,7 +70,8 @@ def by_accuracy(
         if measure == "top1":
             return (jnp.argmax(clean.logits, axis=-1) == clean.labels).astype(jnp.float32)
         probability = jax.nn.softmax(wide(clean.logits), axis=-1)
-        return jnp.take_along_axis(probability, clean.labels[:, None], axis=1)[:, 0]
+        # Clipped: a label outside 0..C-1 (padding) gives some number, not a nan that would spread to the sums of all classes.
+        return jnp.take_along_axis(probability, clean.labels[:, None], axis=1, mode="clip")[:, 0]
 
     def advance(state: RunningMean, clean: Clean, context: Context) -> RunningMean:
         return running_mean_update(
@@ -86,20 +87,21 @@ def by_accuracy(
         lambda context: running_mean_init(context.num_classes),
         advance,
         direction,
-        lambda state, context, scale: (state.mean, _threshold(tau, state.mean, state.seen)),
+        lambda state, context, scale: (state.mean, jnp.clip(_threshold(tau, state.mean, state.seen), 0, 1)),
     )
 
 
-def by_frequency(*, tau: ArrayLike | str = 0.5, rule: Literal["rank", "count"] = "rank") -> Split:
+def by_frequency(*, tau: ArrayLike | str | None = None, rule: Literal["rank", "count"] = "rank") -> Split:
     """+1 for the rare classes.
 
     Args:
       rule: "rank": the first τ·C classes by count are −1, the rest +1 (LPL eqs. 14, 18: −1 where c ≤ τ; the paper tries shares of
         0.4, 0.5 and 0.6). "count": +1 where N_c < τ (LPG eq. 19).
-      tau: a share of the classes for "rank"; a number of samples or "median" for "count".
+      tau: a share of the classes for "rank" (None: 0.5); a number of samples or "median" (None) for "count".
     """
     check_choice("by_frequency", "rule", rule, ("rank", "count"))
     _check_tau("by_frequency", tau, ("median",))
+    tau = "median" if tau is None else tau
     share = 0.5 if isinstance(tau, str) else tau
     if rule == "rank":
         check_number("by_frequency", low=0, high=1, tau=share)
@@ -125,15 +127,15 @@ def by_frequency(*, tau: ArrayLike | str = 0.5, rule: Literal["rank", "count"] =
     def statistic(state: tuple, context: Context, scale: str) -> tuple[jax.Array, jax.Array]:
         n = counts(context)
         if rule == "rank":
-            at = jnp.clip(jnp.round(jnp.asarray(share, jnp.float32) * context.num_classes), 1, context.num_classes)
-            edge = jnp.sort(n)[::-1][at.astype(jnp.int32) - 1]
+            at = jnp.floor(jnp.asarray(share, jnp.float32) * context.num_classes + 1e-4)  # the last class that is −1
+            edge = jnp.sort(n)[::-1][jnp.clip(at, 1, context.num_classes).astype(jnp.int32) - 1]
         else:
             edge = limit(context)
         if scale == "rank":
             place = jnp.asarray(share, jnp.float32) if rule == "rank" else jnp.mean((n >= edge).astype(jnp.float32))
             return rank(context) / context.num_classes, place
         if scale == "linear":
-            return n / n.max(), edge / n.max()
+            return n / n.max(), jnp.clip(edge / n.max(), 0, 1)
         low, high = jnp.log(jnp.maximum(n.min(), 1)), jnp.log(jnp.maximum(n.max(), 1))
         to_unit = lambda x: (jnp.log(jnp.maximum(x, 1)) - low) / jnp.maximum(high - low, 1e-6)
         return to_unit(n), jnp.clip(to_unit(edge), 0, 1)
@@ -163,7 +165,8 @@ def by_variance(*, tau: ArrayLike | str = "mean", update: Update = "epoch", deca
         return VarianceState(running_mean_init(context.num_classes, (context.num_classes,)), running_mean_init(context.num_classes))
 
     def advance(state: VarianceState, clean: Clean, context: Context) -> VarianceState:
-        h = jax.nn.softmax(wide(clean.logits), axis=-1) - clean.targets
+        p = jax.nn.softmax(wide(clean.logits), axis=-1)
+        h = p - clean.targets.astype(p.dtype)
         options = dict(update=update, decay=decay, epoch=context.epoch, axis_name=context.axis_name)
         return VarianceState(
             running_mean_update(state.mean, h, clean.labels, **options),
@@ -210,10 +213,11 @@ def by_loss_top(losses: jax.Array, *, share: ArrayLike) -> jax.Array:
     """
     check_number("by_loss_top", low=0, high=1, share=share)
     rank = jnp.argsort(jnp.argsort(-losses, stable=True), stable=True)
-    return jnp.where(rank < jnp.round(jnp.asarray(share, jnp.float32) * losses.shape[0]), -1.0, 1.0)
+    number = jnp.round(jnp.asarray(share, jnp.float32) * losses.shape[0]).astype(rank.dtype)
+    return jnp.where(rank < number, -1.0, 1.0)
 
 
-SPLITS = {"accuracy": by_accuracy, "frequency": by_frequency, "variance": by_variance, "all": all_classes}
+SPLITS: dict[str, Callable[..., Split]] = {"accuracy": by_accuracy, "frequency": by_frequency, "variance": by_variance, "all": all_classes}
 
 
 def as_split(function: str, split: Split | str, *, tau: Any = None, direction: Any = None, **defaults: Any) -> Split:
@@ -228,9 +232,11 @@ def as_split(function: str, split: Split | str, *, tau: Any = None, direction: A
         if tau is not None:
             raise ValueError(f"{function} needs tau inside the split, got both. Write split=by_accuracy(tau={tau}).")
         return split
-    name = split.removeprefix("by_")
+    name = split.removeprefix("by_") if isinstance(split, str) else None
     if name not in SPLITS:
-        raise ValueError(f"{function} needs split to be a Split or a name, got {split!r}. {nearest(split, SPLITS)}")
+        if callable(split):
+            raise ValueError(f"{function} needs a Split, got the function {split.__name__}. Call it: split={split.__name__}().")
+        raise ValueError(f"{function} needs split to be a Split or a name, got {split!r}. {nearest(str(split), SPLITS)}")
     settings = dict(defaults.get(name, {}))
     if tau is not None:
         if name == "all":

@@ -12,13 +12,14 @@ import importlib.util
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import perturbjax
 from perturbjax.core import GRANULARITIES, INFERENCES, TARGETS
 
 
-def methods(plugins: Sequence[str] = ()) -> dict[str, Callable]:
+def methods(plugins: Sequence[str] = ()) -> dict[str, Any]:
     """Every exported method by its name, in the order of the forward and backward pass; `ce` is the empty chain.
 
     Args:
@@ -33,7 +34,7 @@ def methods(plugins: Sequence[str] = ()) -> dict[str, Callable]:
 
 
 @functools.cache
-def _plugin(path: str) -> dict[str, Callable]:
+def _plugin(path: str) -> dict[str, Any]:
     if not pathlib.Path(path).is_file():
         raise ValueError(f"plugin needs a Python file, got {path!r}, which isn't there. Check the path.")
     spec = importlib.util.spec_from_file_location(f"perturbjax_plugin_{pathlib.Path(path).stem}", path)
@@ -47,13 +48,13 @@ def _plugin(path: str) -> dict[str, Callable]:
     return {f.__name__: f for f in own}
 
 
-def registry(plugins: Sequence[str] = ()) -> dict[str, Callable]:
+def registry(plugins: Sequence[str] = ()) -> dict[str, Any]:
     """Every method by its name and by its short name on the command line."""
     found = methods(plugins)
     return found | {f.alias: f for f in found.values() if getattr(f, "alias", None)}
 
 
-def helpers() -> dict[str, Callable]:
+def helpers() -> dict[str, Any]:
     """The values that settings may be made of: `bound=varied(0.5)`, `split=by_frequency(0.4)`."""
     names = ("varied", "varied_by_frequency", "layer_scaled", "by_accuracy", "by_frequency", "by_variance", "all_classes")
     return {name: getattr(perturbjax, name) for name in names}
@@ -64,7 +65,7 @@ def sign(direction: tuple[int, ...]) -> str:
     return {(): "·", (1,): "+", (-1,): "−"}.get(direction, "±")
 
 
-def table(found: Mapping[str, Callable] | None = None) -> list[dict]:
+def table(found: Mapping[str, Any] | None = None) -> list[dict]:
     """One row for each pair of target and granularity that has a method: {"target", "granularity", inference: [names]}."""
     found = methods() if found is None else found
     rows = []
@@ -90,7 +91,7 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def describe(found: Mapping[str, Callable] | None = None) -> list[dict]:
+def describe(found: Mapping[str, Any] | None = None) -> list[dict]:
     """Coordinates, source and first line of the docstring of every method."""
     found = methods() if found is None else found
     return [

@@ -3,18 +3,7 @@
 from perturbjax.data.batches import augment, epoch_order, evaluation_batches
 from perturbjax.data.dataset import Dataset, check
 from perturbjax.data.sources import SOURCES, load
-from perturbjax.data.views import (
-    VIEWS,
-    Seed,
-    View,
-    apply_views,
-    longtail,
-    longtail_counts,
-    noise,
-    shrink,
-    thin,
-    validation,
-)
+from perturbjax.data.views import VIEWS, Seed, View, apply_views, longtail, longtail_counts, noise, shrink, thin, validation
 
 __all__ = [
     "SOURCES",

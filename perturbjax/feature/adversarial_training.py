@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_choice, check_number
+from perturbjax.checks import check_choice, check_number, is_traced
 from perturbjax.core import Context, Flow, Perturbation, Rest, method, per_sample_keys
 from perturbjax.inference.pgd import pgd
 from perturbjax.projection import NORMS, Norm, project
@@ -55,9 +55,10 @@ def adversarial_training(
     """
     check_number("adversarial_training", low=0, bound=bound, step_size=step_size, num_steps=num_steps)
     check_choice("adversarial_training", "norm", norm, NORMS)
+    check_choice("adversarial_training", "step", step, ("sign", "unit", "raw"))
     clip_to = value_range if site == "input" else None
-    if clip_to == (0.0, 1.0) and norm == "linf":
-        check_number("adversarial_training", high=1, bound=bound)
+    if clip_to is not None and not is_traced(clip_to) and norm == "linf":
+        check_number("adversarial_training", high=clip_to[1] - clip_to[0], bound=bound)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         shape, count = flow.value.shape[1:], flow.labels.shape[0]

@@ -38,7 +38,7 @@ def lpg_delta(
 
     Args:
       logit_gradients: h [B, C] per example (softmax(u) − y for cross entropy), before any division by the batch size.
-      labels: [B] integers in 0..C-1.
+      labels: [B] integers in 0..C-1; others (padding) get zeros.
       direction: s_c, +1 amplifies, −1 dampens, 0 leaves alone; a number or [C].
       bound: ε_c, in units of the gradient's l2 norm; a number or [C]. Both may be traced.
       form: one shift per class, or a factor of each sample's own gradient.
@@ -59,10 +59,11 @@ def lpg_delta(
     amount = jnp.broadcast_to(jnp.asarray(direction * bound, h.dtype), [num_classes])
     if clamp:
         amount = jnp.maximum(amount, -norm)
+    own = lambda x: x.at[labels].get(mode="fill", fill_value=0, wrap_negative_indices=False)  # padding has no class: zero
     if form == "shift":
-        return (amount[:, None] * unit(mean))[labels]
+        return own(amount[:, None] * unit(mean))
     factor = jnp.where(norm > 0, amount / jnp.where(norm > 0, norm, 1), 0)
-    return h * factor[labels][:, None]
+    return h * own(factor)[:, None]
 
 
 @method(

@@ -60,7 +60,8 @@ def pgd(
       loss_of: value [B, ...] -> losses [B], or (losses, aux) with `has_aux`. Each loss may depend on its own sample's value
         only, or (BatchNorm) on the others'.
       value: [B, ...], the clean value at the site.
-      groups: [B] integers in 0..G-1, which samples share a delta; None: every sample has its own (then num_groups = B).
+      groups: [B] integers in 0..G-1, which samples share a delta (others, such as padding, have none); None: every sample has its
+        own (then num_groups = B).
       num_groups: G.
       direction: s, +1 raises the loss, −1 lowers it, 0 leaves it alone; a number or [G].
       step_size: κ, in units of the value (of the gradient with step="raw"); a number or [G].
@@ -103,7 +104,9 @@ def pgd(
     value = jax.lax.stop_gradient(value)
     shape = (num_groups, *value.shape[1:])
     dtype = at_least_float32(value.dtype)
-    spread = (lambda delta: delta) if groups is None else (lambda delta: delta[groups])
+    # Samples of no group (padding) get a zero delta.
+    members = lambda delta: delta.at[groups].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    spread = (lambda delta: delta) if groups is None else members
 
     def move(delta):
         """Per-sample delta, after clipping the sum to the range."""
@@ -149,7 +152,7 @@ def pgd(
             delta = advance(delta, slope(delta)[1], k)
     else:
         body = lambda delta, k: (advance(delta, slope(delta)[1], k), None)
-        delta, _ = jax.lax.scan(body, delta, jnp.arange(1, limit))
+        delta, _ = jax.lax.scan(body, delta, jnp.arange(1, limit, dtype=dtype))
     return move(delta).astype(value.dtype), Search(losses, aux, delta)
 
 

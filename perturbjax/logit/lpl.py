@@ -37,7 +37,7 @@ def lpl_delta(
 
     Args:
       logits: [B, C], any float type (computed in at least float32).
-      labels: [B] integers in 0..C-1.
+      labels: [B] integers in 0..C-1; others (padding) get zeros.
       direction: s_c, +1 raises the loss of class c, −1 lowers it; a number or [C].
       bound: ε_c in units of step_size·steps; a number or [C]. step_size: α. All three may be traced.
       max_steps: static limit of K_c; None: read off bound and step_size, which must not be traced then.

@@ -21,7 +21,7 @@ KINDS = ("none", "balanced", "effective")
 
 
 def class_weights(class_counts: ArrayLike, *, kind: Literal["none", "balanced", "effective"] = "balanced", beta: ArrayLike = 0.9999) -> jax.Array:
-    """w: [C], float32, from the number of training samples of each class [C].
+    """w: [C], from the number of training samples of each class [C].
 
     Raises:
       ValueError: a class without samples.
@@ -32,13 +32,13 @@ def class_weights(class_counts: ArrayLike, *, kind: Literal["none", "balanced", 
     if kind != "none" and not is_traced(class_counts) and (np.asarray(class_counts) <= 0).any():
         empty = np.flatnonzero(np.asarray(class_counts) <= 0)
         raise ValueError(f"class_weighting needs samples of every class, got none of class {empty[0]}. Drop the class.")
-    n = jnp.asarray(class_counts, jnp.float32)
+    n = jnp.asarray(class_counts, float)
     if kind == "none":
         return jnp.ones_like(n)
     if kind == "balanced":
         return n.sum() / (n.shape[0] * n)
     # expm1 keeps 1 − β^n for β near 1; what float32 makes of 1 − β itself drops out of the proportions.
-    beta = jnp.asarray(beta, jnp.float32)
+    beta = jnp.asarray(beta, n.dtype)
     raw = (1 - beta) / -jnp.expm1(n * jnp.log(beta))
     return raw * (n.shape[0] / raw.sum())
 
@@ -59,7 +59,8 @@ def class_weighting(
       kind: "none", "balanced" or "effective" (number of samples, with `beta`). weights: C numbers instead of a kind.
     """
     check_choice("class_weighting", "kind", kind, KINDS)
-    check_number("class_weighting", low=0, high=1 - 1e-7, open_low=True, beta=beta)
+    if not is_traced(beta) and not 0 < beta <= 1 - 1e-7:
+        raise ValueError(f"class_weighting needs 0 < beta < 1, got {beta}. The limit 1 is kind='balanced', up to a factor.")
     check_number("class_weighting", low=0, weights=weights)
 
     def factors(context: Context) -> jax.Array:
@@ -67,13 +68,14 @@ def class_weighting(
             return class_weights(context.class_counts, kind=kind, beta=beta)
         if len(weights) != context.num_classes:
             raise ValueError(f"class_weighting needs {context.num_classes} weights, got {len(weights)}. Give one per class.")
-        return jnp.asarray(weights, jnp.float32)
+        return jnp.asarray(weights, float)
 
     def init(context: Context) -> tuple:
         factors(context)  # a class without samples or a missing weight is found out here
         return ()
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        return flow._replace(weights=flow.weights * factors(context)[flow.labels]), state, {}
+        factor = factors(context)[flow.labels].astype(flow.weights.dtype)
+        return flow._replace(weights=flow.weights * factor), state, {}
 
     return Perturbation("loss", init, apply, needs=("class_counts",) if weights is None else ())

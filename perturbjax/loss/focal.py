@@ -19,7 +19,7 @@ def focal_factor(log_probabilities: jax.Array, labels: jax.Array, *, gamma: Arra
     >>> print(focal_factor(jnp.log(jnp.array([[0.75, 0.25]])), jnp.array([0]), gamma=2.0))
     [0.0625]
     """
-    log_p = jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+    log_p = jnp.take_along_axis(log_probabilities, labels[:, None], axis=1, mode="clip")[:, 0]  # padding: some number, no nan
     # −expm1(log p) keeps 1 − p exact near 1; the floor keeps the power's derivative finite at p = 1.
     miss = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(log_p.dtype).tiny)
     return miss ** jnp.asarray(gamma, log_p.dtype)

@@ -21,6 +21,7 @@
 """
 
 import difflib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ from perturbjax.models.mlp import MLP
 from perturbjax.models.net import Net
 from perturbjax.models.resnet import ResNet, WideResNet
 
-_MODELS = {
+_MODELS: dict[str, Callable[..., Net]] = {
     "mlp": MLP,
     "cnn": CNN,
     **{f"resnet{depth}": partial(ResNet, depth=depth) for depth in (8, 20, 32, 44, 56, 110)},
@@ -70,4 +71,6 @@ def create(
     else:
         options |= {"conv": conv, "width": width} if width else {"conv": conv}
     mean, std = (tuple(float(number) for number in numbers) for numbers in (mean, std))
-    return _MODELS[name](num_classes=num_classes, mean=mean, std=std, dtype=dtype, head=head, dropout=dropout, **options)
+    return _MODELS[name](
+        num_classes=num_classes, mean=mean, std=std, dtype=dtype, head=head, dropout=dropout, **options
+    )

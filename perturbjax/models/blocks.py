@@ -1,7 +1,6 @@
 """What the convolutional models are made of."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +10,7 @@ from jax import lax
 from perturbjax.models.conv import conv_general_dilated
 from perturbjax.models.net import Net, at_least_float32
 
-CONVOLUTIONS = {"canonical": conv_general_dilated, "lax": lax.conv_general_dilated}
+CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {"canonical": conv_general_dilated, "lax": lax.conv_general_dilated}
 
 
 class Ops(NamedTuple):
@@ -26,7 +25,9 @@ class Ops(NamedTuple):
     def conv(self, name: str, x: jax.Array, features: int, stride: int = 1, size: int = 3) -> jax.Array:
         # The padding is written out: "SAME" would pad (0, 1) at stride 2, half a pixel off the shortcut x[:, ::2, ::2].
         padding = [(size // 2, size // 2)] * 2
-        options = dict(use_bias=False, dtype=self.dtype, kernel_init=self.initializer, conv_general_dilated=self.convolution)
+        options = dict(
+            use_bias=False, dtype=self.dtype, kernel_init=self.initializer, conv_general_dilated=self.convolution
+        )
         return nn.Conv(features, (size, size), (stride, stride), padding, name=name, **options)(x)
 
     def norm(self, name: str, x: jax.Array) -> jax.Array:

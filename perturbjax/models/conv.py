@@ -1,4 +1,4 @@
-r"""A 2-D convolution whose gradients are convolutions of the same form (NHWC images, HWIO kernel).
+"""A 2-D convolution whose gradients are convolutions of the same form (NHWC images, HWIO kernel).
 
     y[i] = Σ_k x[i·s + k·d − lo] · w[k]
     ∂ℓ/∂x = conv(g dilated by s, w flipped and with its channels swapped)
@@ -86,7 +86,8 @@ def _backward(geometry, residuals, g):
     """Both gradients call `_conv` again, so that those of any order keep the form."""
     (x, kernel), (stride, padding, x_dilation, kernel_dilation, precision) = residuals, geometry
     x_padding, kernel_padding = [], []
-    for axis in range(2):  # sizes on the dilated grids; a convolution of n padded by (lo, hi) with a window k has n + lo + hi − k + 1
+    # On the dilated grids, size n, padded by lo and hi, and window k give size n + lo + hi − k + 1.
+    for axis in range(2):
         n = _dilated(x.shape[1 + axis], x_dilation[axis])
         k = _dilated(kernel.shape[axis], kernel_dilation[axis])
         m = _dilated(g.shape[1 + axis], stride[axis])

@@ -16,6 +16,11 @@ class MLP(Net, kw_only=True):
 
     hidden: tuple[int, ...] = (128, 64)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.hidden:
+            raise ValueError(f"MLP needs at least one hidden layer, got hidden={self.hidden}. Write hidden=(64,).")
+
     def layers(self, train):
         layer = lambda size: partial(Hidden, size, self.dropout, self.dtype, train)
         return {f"stage{i}": layer(size) for i, size in enumerate(self.hidden, start=1)} | {"features": Features}

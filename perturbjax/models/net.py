@@ -3,7 +3,7 @@
     input ─► (stem) ─► stage1 ─► … ─► stageN ─► features ─► logits
 
 A site names a value of the forward pass; the module that leads to it has the same name, so that `params["stage2"]` holds what lies
-between `stage1` and `stage2`. Every slice of the line runs alone, and slice after slice is the whole pass, bit for bit.
+between `stage1` and `stage2`. Every slice of the line runs alone, and slice after slice is the whole pass (bit for bit on a CPU).
 """
 
 import difflib
@@ -56,7 +56,9 @@ class Net(nn.Module, kw_only=True):
         return ("input", *self.layers(train=False), "logits")
 
     @nn.compact
-    def __call__(self, value: jax.Array, *, train: bool = False, start: str = "input", stop: str = "logits") -> jax.Array:
+    def __call__(
+        self, value: jax.Array, *, train: bool = False, start: str = "input", stop: str = "logits"
+    ) -> jax.Array:
         """The value at site `stop`, given the value at site `start`; only the modules between are touched.
 
         train: BatchNorm takes the batch's statistics and updates `batch_stats`, dropout draws from the rng "dropout". A slice returns
@@ -94,7 +96,9 @@ class Net(nn.Module, kw_only=True):
         kind, channels = type(self).__name__, len(self.mean)
         wanted = f"{kind} needs pixels [B, H, W, {channels}], H and W at least {self.smallest}, got {pixels.shape}."
         if pixels.ndim != 4:
-            raise ValueError(f"{wanted} Write pixels[None] for a single image, pixels[..., None] for grey images without channels.")
+            raise ValueError(
+                f"{wanted} Write pixels[None] for a single image, pixels[..., None] for grey images without channels."
+            )
         if pixels.shape[-1] != channels:
             raise ValueError(f"{wanted} Create the model with {pixels.shape[-1]} numbers in mean and in std.")
         if min(pixels.shape[1:3]) < self.smallest:

@@ -81,9 +81,15 @@ class TrainState(NamedTuple):
     key: jax.Array  # the run's key; each step folds its number in
 
 
+_PIXELS = (np.arange(256) / 255).astype(np.float32)
+
+
 def pixels(images: jax.Array) -> jax.Array:
-    """Images as float32 in [0, 1], the unit of the input site: uint8 is divided by 255."""
-    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+    """Images as float32 in [0, 1], the unit of the input site: uint8 is divided by 255.
+
+    By a table: a product would be fused with the model's normalisation, and rounded otherwise as soon as something stands between.
+    """
+    return jnp.asarray(_PIXELS)[images] if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
 
 def split_methods(made: Iterable) -> tuple[Chain, tuple[optax.GradientTransformation, ...]]:
@@ -159,7 +165,7 @@ def init_state(recipe: Recipe, numbers: dict, data: DeviceData, seed: int) -> Tr
     return TrainState(params, stats, opt_state, states, jnp.int32(0), run_key)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled_init(model: Any) -> Callable:
     return jax.jit(functools.partial(model.init, train=False))
 
@@ -171,11 +177,11 @@ def as_arrays(numbers: Numbers) -> Numbers:
 
 def draw_batch(recipe: Recipe, state: TrainState, data: DeviceData, index: jax.Array) -> Batch:
     """The (augmented) batch of the samples `index` [B] at this step; the same for every method and setting."""
-    images = pixels(data.images[index])
+    images = data.images[index]
     if recipe.pad or recipe.flip:
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
         images = augment(images, key, index, pad=recipe.pad, flip=recipe.flip)
-    return Batch(images, data.labels[index], index=index)
+    return Batch(pixels(images), data.labels[index], index=index)
 
 
 def evaluate_loss(made: Objective, params: Any, state: TrainState, recipe: Recipe, batch: Batch, key: jax.Array, **options: Any):
@@ -212,7 +218,7 @@ def train_step(
     return after, {"loss": value, **out.metrics}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled_step(recipe: Recipe) -> Callable:
     """The jitted step of a recipe: (state, numbers, data, index [K, B]) -> (state, metrics [K]), K steps in one call.
 
@@ -229,7 +235,7 @@ def compiled_step(recipe: Recipe) -> Callable:
     return jax.jit(steps, donate_argnums=0)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled_logits(model: Any) -> Callable:
     """The jitted forward pass in evaluation mode: (params, stats, images) -> logits."""
 
@@ -240,7 +246,7 @@ def compiled_logits(model: Any) -> Callable:
     return jax.jit(logits)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled_losses(recipe: Recipe) -> Callable:
     """Jitted (state, numbers, data, index [B]) -> per-sample losses ([B] plain, [B] perturbed), nothing updated."""
 

@@ -9,19 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbjax.data import (
-    VIEWS,
-    Dataset,
-    apply_views,
-    check,
-    load,
-    longtail,
-    longtail_counts,
-    noise,
-    shrink,
-    thin,
-    validation,
-)
+from perturbjax.data import VIEWS, Dataset, apply_views, check, load, longtail, longtail_counts, noise, shrink, thin, validation
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 RATIO_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]

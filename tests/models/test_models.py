@@ -2,6 +2,7 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,14 @@ LITERATURE = {  # million parameters: He et al. table 6, Zagoruyko and Komodakis
 
 def shapes(model, images=IMAGES):
     return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def filled(model, images=IMAGES):
+    """The model's variables with any positive numbers: initialising would spend seconds on compiling random bits."""
+    random = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(0.5, 0.5, leaf.shape) ** 2, leaf.dtype), shapes(model, images)
+    )
 
 
 def paths(tree):
@@ -49,8 +58,13 @@ def test_sites_can_be_read_from_an_unbound_model():
 
 
 def test_sites_have_the_shapes_of_the_papers():
-    at = lambda model, stop: jax.eval_shape(lambda v: model.apply(v, jnp.ones([2, 32, 32, 3]), stop=stop), variables).shape
-    for model, widths in ((ResNet(depth=8, **SHARED), (16, 32, 64)), (WideResNet(depth=10, widen=4, **SHARED), (64, 128, 256))):
+    at = lambda model, stop: (
+        jax.eval_shape(lambda v: model.apply(v, jnp.ones([2, 32, 32, 3]), stop=stop), variables).shape
+    )
+    for model, widths in (
+        (ResNet(depth=8, **SHARED), (16, 32, 64)),
+        (WideResNet(depth=10, widen=4, **SHARED), (64, 128, 256)),
+    ):
         variables = shapes(model, jnp.ones([2, 32, 32, 3]))
         assert at(model, "stem") == (2, 32, 32, 16)
         assert [at(model, f"stage{i}") for i in (1, 2, 3)] == [(2, s, s, w) for s, w in zip((32, 16, 8), widths)]
@@ -66,13 +80,15 @@ def test_option_a_takes_every_second_pixel_and_zero_channels():
 
 
 def test_strided_convolutions_look_at_the_pixels_of_the_shortcut():
-    centre = lambda key, shape, dtype: jnp.zeros(shape, dtype).at[shape[0] // 2, shape[1] // 2].set(jnp.eye(*shape[2:], dtype=dtype))
+    centre = lambda key, shape, dtype: (
+        jnp.zeros(shape, dtype).at[shape[0] // 2, shape[1] // 2].set(jnp.eye(*shape[2:], dtype=dtype))
+    )
     ops = Ops(conv_general_dilated, centre, dropout=0.0, dtype=jnp.float32, train=False)
 
-    class One(models.net.nn.Module):
+    class One(nn.Module):
         size: int
 
-        @models.net.nn.compact
+        @nn.compact
         def __call__(self, x):
             return ops.conv("conv", x, 3, stride=2, size=self.size)
 
@@ -88,32 +104,39 @@ def test_wide_blocks_have_a_convolution_in_the_shortcut_where_the_shape_changes(
     assert not [p for p in narrow if p.startswith("stage1") and "shortcut" in p]
 
 
-@pytest.mark.parametrize("model, fan", [(CNN(width=32, **SHARED), 9 * 32), (WideResNet(depth=10, widen=4, **SHARED), 9 * 64)])
+@pytest.mark.parametrize("model, fan", [(ResNet(**SHARED), 9 * 32), (WideResNet(**SHARED), 9 * 64)])  # fan-in, fan-out
 def test_kernels_have_the_variance_of_he(model, fan):
-    variables = jax.jit(lambda key: model.init(key, IMAGES, stop="stage1"))(jax.random.key(0))
-    kernels = [leaf for leaf in jax.tree.leaves(variables["params"]["stage1"]) if leaf.ndim == 4 and leaf.shape[0] == 3]
-    for kernel in kernels:  # fan-in 9·32; fan-out 9·64
-        np.testing.assert_allclose(kernel.std(), np.sqrt(2 / fan), rtol=0.05)
+    kernel = model.ops(train=False).initializer(jax.random.key(0), (3, 3, 32, 64), jnp.float32)
+    np.testing.assert_allclose(kernel.std(), np.sqrt(2 / fan), rtol=0.05)
 
 
 def test_the_input_site_is_pixels_and_the_model_normalises():
-    ours, plain = (MLP(hidden=(4,), num_classes=5, mean=m, std=s) for m, s in (((0.5, 0.4, 0.3), (0.2, 0.2, 0.3)), ((0.0,) * 3, (1.0,) * 3)))
-    variables = ours.init(jax.random.key(0), IMAGES)
+    ours, plain = (
+        MLP(hidden=(4,), num_classes=5, mean=m, std=s)
+        for m, s in (((0.5, 0.4, 0.3), (0.2, 0.2, 0.3)), ((0.0,) * 3, (1.0,) * 3))
+    )
+    variables = filled(ours)
     normalised = (IMAGES - np.float32([[[[0.5, 0.4, 0.3]]]])) / np.float32([[[[0.2, 0.2, 0.3]]]])
     np.testing.assert_allclose(ours.apply(variables, IMAGES), plain.apply(variables, normalised), rtol=1e-6)
 
 
 def test_training_averages_the_statistics_and_evaluation_leaves_them():
     model = WideResNet(depth=10, width=2, widen=1, **SHARED)
-    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
-    apply = jax.jit(lambda v, x, train: model.apply(v, x, train=train, stop="stage1", mutable=["batch_stats"]), static_argnums=2)
-    old, new = variables["batch_stats"]["stage1"], apply(variables, IMAGES, True)[1]["batch_stats"]["stage1"]
-    stem = model.apply(variables, IMAGES, stop="stem")
-    for name, statistic, start in (("mean", stem.mean((0, 1, 2)), 0.0), ("var", stem.var((0, 1, 2)), 1.0)):
-        np.testing.assert_array_equal(old["block0"]["norm1"][name], start)
-        np.testing.assert_allclose(new["block0"]["norm1"][name], 0.9 * start + 0.1 * statistic, rtol=1e-4, atol=1e-6)
-    after = apply(variables, IMAGES, False)[1]["batch_stats"]
-    jax.tree.map(np.testing.assert_array_equal, after, variables["batch_stats"])
+    variables = filled(model)
+    apply = jax.jit(
+        lambda v, x, train: model.apply(v, x, train=train, stop="stage1", mutable=["batch_stats"]), static_argnums=2
+    )
+    old, new = (v["batch_stats"]["stage1"]["block0"]["norm1"] for v in (variables, apply(variables, IMAGES, True)[1]))
+    stem = model.apply(variables, IMAGES, stop="stem")  # what norm1 sees
+    np.testing.assert_allclose(new["mean"], 0.9 * old["mean"] + 0.1 * stem.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(new["var"], 0.9 * old["var"] + 0.1 * stem.var((0, 1, 2)), rtol=1e-4)
+    jax.tree.map(
+        np.testing.assert_array_equal, apply(variables, IMAGES, False)[1]["batch_stats"], variables["batch_stats"]
+    )
+    start = model.init(jax.random.key(0), jnp.ones([1, 4, 4, 2]), start="stage3", stop="features")["batch_stats"][
+        "features"
+    ]["norm"]
+    assert start["mean"].tolist() == [0.0] * 2 and start["var"].tolist() == [1.0] * 2
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet8", "wrn16-8"])
@@ -122,7 +145,9 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_features_and_logits(name):
     variables = shapes(model)
     assert variables == shapes(wide)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    at = lambda stop, start="input", x=IMAGES: jax.eval_shape(lambda v: model.apply(v, x, start=start, stop=stop), variables).dtype
+    at = lambda stop, start="input", x=IMAGES: (
+        jax.eval_shape(lambda v: model.apply(v, x, start=start, stop=stop), variables).dtype
+    )
     assert [at(stop) for stop in model.sites] == ["float32"] + ["bfloat16"] * (len(model.sites) - 3) + ["float32"] * 2
     value = jax.eval_shape(lambda v: model.apply(v, IMAGES, stop="stage1"), variables)
     assert at("stage2", "stage1", jnp.zeros(value.shape, jnp.float32)) == "bfloat16"  # a perturbed value may be float32
@@ -130,7 +155,7 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_features_and_logits(name):
 
 def test_head_of_gives_the_class_rows():
     model = MLP(hidden=(6,), **SHARED)
-    variables = model.init(jax.random.key(0), IMAGES)
+    variables = filled(model)
     weight, bias = model.head_of(variables["params"])
     features = model.apply(variables, IMAGES, stop="features")
     assert weight.shape == (5, 6) and bias.shape == (5,)
@@ -139,7 +164,7 @@ def test_head_of_gives_the_class_rows():
 
 def test_the_cosine_head_sees_directions_only():
     model = MLP(hidden=(6,), head="cosine", scale=7.0, **SHARED)
-    variables = model.init(jax.random.key(0), IMAGES)
+    variables = filled(model)
     assert paths(variables["params"]["logits"]) == ["kernel"]
     head = lambda features: model.apply(variables, features, start="features")
     features = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
@@ -148,14 +173,16 @@ def test_the_cosine_head_sees_directions_only():
     np.testing.assert_allclose(head(features), 7 * cosine, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(head(9 * features), head(features), rtol=1e-5, atol=1e-6)
     assert jnp.isfinite(jax.grad(lambda f: unit(f, 1).sum())(jnp.zeros([2, 6]))).all()
-    with pytest.raises(ValueError, match='got head=\'cosine\'.*head="linear"'):
+    with pytest.raises(ValueError, match="got head='cosine'.*head=\"linear\""):
         model.head_of(variables["params"])
 
 
 def test_both_convolutions_give_the_same_gradients():
     models = [create("resnet8", width=2, conv=conv, **SHARED) for conv in ("canonical", "lax")]
-    variables = jax.jit(models[0].init)(jax.random.key(0), IMAGES)
-    grads = [jax.jit(jax.grad(lambda v, model=model: (model.apply(v, IMAGES) ** 2).sum()))(variables) for model in models]
+    variables = filled(models[0])
+    grads = [
+        jax.jit(jax.grad(lambda v, model=model: (model.apply(v, IMAGES) ** 2).sum()))(variables) for model in models
+    ]
     jax.tree.map(np.testing.assert_array_equal, *grads)
 
 
@@ -167,7 +194,9 @@ def test_a_model_is_a_static_argument():
 def test_width_and_options_reach_the_model():
     assert create("mlp", width=32, **SHARED).hidden == (32, 16)
     assert create("mlp", width=32, hidden=(3,), **SHARED).hidden == (3,)
-    assert create("wrn16-8", width=2, dropout=0.3, **SHARED) == WideResNet(depth=16, widen=8, width=2, dropout=0.3, **SHARED)
+    assert create("wrn16-8", width=2, dropout=0.3, **SHARED) == WideResNet(
+        depth=16, widen=8, width=2, dropout=0.3, **SHARED
+    )
     assert create("cnn", num_stages=3, head="cosine", scale=16.0, **SHARED).scale == 16.0
 
 
@@ -178,7 +207,11 @@ ERRORS = {
     "conv": (lambda: create("cnn", conv="fast", **SHARED), "'canonical', 'lax'.*got 'fast'"),
     "depth": (lambda: ResNet(depth=18, **SHARED), "depth = 6n [+] 2, got 18. Write depth=20"),
     "wide depth": (lambda: WideResNet(depth=3, **SHARED), "depth = 6n [+] 4, got 3. Write depth=10"),
-    "mean and std": (lambda: create("cnn", num_classes=5, mean=(0.5, 0.4), std=(0.2,)), r"mean=\(0.5, 0.4\) and std=\(0.2,\)"),
+    "mean and std": (
+        lambda: create("cnn", num_classes=5, mean=(0.5, 0.4), std=(0.2,)),
+        r"mean=\(0.5, 0.4\) and std=\(0.2,\)",
+    ),
+    "hidden": (lambda: MLP(hidden=(), **SHARED), r"got hidden=\(\)"),
     "rank": (lambda: shapes(CNN(**GREY), jnp.ones([4, 8, 8])), r"\[B, H, W, 1\].*got \(4, 8, 8\).*pixels\[..., None\]"),
     "channels": (lambda: shapes(MLP(**GREY)), r"\[B, H, W, 1\].*got \(4, 8, 8, 3\).*3 numbers in mean"),
     "small": (lambda: shapes(ResNet(depth=8, **SHARED), IMAGES[:, :3]), r"at least 4, got \(4, 3, 8, 3\)"),

@@ -1,0 +1,178 @@
+"""The scripts, run as a user runs them: results.json's form, the report, configs, plug-ins, and bad input."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import bench, compare, shared, train
+from perturbjax.data import load
+
+pytestmark = pytest.mark.optax_promotes  # schedules
+
+ROOT = pathlib.Path(__file__).parents[2]
+QUICK = ["--epochs", "2", "--batch-size", "32"]
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """One real comparison in a process of its own."""
+    out = tmp_path_factory.mktemp("compare")
+    command = [sys.executable, "experiments/compare.py", "--methods", "ce, la+lpl(bound=0.5), sam", "--seeds", "2", *QUICK]
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_compare_writes_what_the_readme_says(compared):
+    out, done = compared
+    found = results(out)
+    assert found["command"].startswith("python experiments/compare.py --methods 'ce, la+lpl(bound=0.5), sam'")
+    assert list(found["methods"]) == ["ce", "la+lpl(bound=0.5)", "sam"]
+    data = found["data"]
+    assert data["train_size"] == sum(data["class_counts"]) == 344 and len(set(data["subset_hash"])) == 2
+    for name, entry in found["methods"].items():
+        for key in ("accuracy", "best_epoch_accuracy", "ece", "head", "medium", "tail"):
+            values = entry[key]["values"]
+            assert len(values) == 2 and all(0 <= v <= 1 for v in values)
+            assert entry[key]["mean"] == pytest.approx(np.mean(values))
+            assert entry[key]["std"] == pytest.approx(np.std(values, ddof=1))
+        assert entry["top5"] is None and len(entry["per_class"]) == 10
+        assert entry["cost_ratio"] > 0 and entry["seconds"] > 0
+        assert entry["gradient_evaluations"] == (2.0 if name == "sam" else 1.0)
+        assert (entry["inner_evaluations"] > 0) == ("lpl" in name)
+        assert (entry["relative_loss_variation"] is not None) == ("lpl" in name)
+        assert np.shape(entry["learning_curve"]["accuracy"]) == (2, 2)
+        last = [curve[-1] for curve in entry["learning_curve"]["accuracy"]]
+        assert entry["accuracy"]["values"] == pytest.approx(last)
+        assert entry["best_epoch_accuracy"]["values"] == pytest.approx(np.max(entry["learning_curve"]["accuracy"], axis=1))
+    page = (out / "report.html").read_text()
+    assert "la+lpl(bound=0.5)" in page and "<svg" in page and "<script" not in page
+    assert "la+lpl" in done.stdout and "report.html" in done.stdout and done.stderr == ""
+
+
+def test_train_gives_the_numbers_that_compare_gives_for_this_seed(compared, tmp_path):
+    train.main(["--method", "la+lpl(bound=0.5)", "--seed", "1", *QUICK, "--out", str(tmp_path)])
+    [entry] = results(tmp_path)["methods"].values()
+    beside = results(compared[0])["methods"]["la+lpl(bound=0.5)"]
+    assert entry["accuracy"]["values"] == pytest.approx([beside["accuracy"]["values"][1]])
+    assert entry["cost_ratio"] is None
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in shared.CONFIGS.glob("*.py")))
+def test_every_config_runs_in_its_small_version(name, tmp_path):
+    settings = shared.read_config(name)
+    compare.main(["--config", name, "--smoke", "--out", str(tmp_path)])
+    assert list(results(tmp_path)["methods"]) == [typed for typed, _ in shared.spec.parse_list(settings["methods"])]
+
+
+def test_a_flag_overrides_the_config(tmp_path):
+    compare.main(["--config", "small_longtail", "--smoke", "--methods", "la", "--seeds=1", "--out", str(tmp_path)])
+    found = results(tmp_path)
+    assert list(found["methods"]) == ["la"] and found["settings"]["seeds"] == [0] and found["data"]["views"]
+
+
+def test_an_npz_file_of_ones_own(tmp_path):
+    digits = load("digits")
+    images, labels = (255 * digits.train_images).astype(np.uint8), digits.train_labels
+    np.savez(tmp_path / "mine.npz", x_train=images[:300], y_train=labels[:300], x_test=images[300:400], y_test=labels[300:400])
+    compare.main(["--data", str(tmp_path / "mine.npz"), "--view", "none", "--methods", "ce", "--seeds", "1", "--cost-rounds", "0",
+                  *QUICK, "--out", str(tmp_path / "out")])  # fmt: skip
+    assert results(tmp_path / "out")["data"]["train_size"] == 300
+
+
+PLUGIN = '''"""Source: a test."""
+import perturbjax as pj
+
+@pj.method(target="logit", direction=(), inference="prior", granularity="sample", cite="test", off=dict(scale=0.0))
+def cooled(*, scale: float = 0.5) -> pj.Perturbation:
+    """Divides the logits by 1 + scale."""
+    apply = lambda flow, rest, state, context: (flow._replace(value=flow.value / (1 + scale)), state, {})
+    return pj.Perturbation("logits", lambda context: (), apply)
+'''
+
+
+def test_a_method_in_a_file_of_ones_own_is_compared_and_listed(tmp_path, capsys):
+    path = tmp_path / "cooled.py"
+    path.write_text(PLUGIN)
+    compare.main(["--plugin", str(path), "--methods", "ce, cooled(scale=2)+sam", "--seeds", "1", *QUICK, "--out", str(tmp_path)])
+    assert results(tmp_path)["methods"]["cooled(scale=2)+sam"]["gradient_evaluations"] == 2
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["--list", "--plugin", str(path)])
+    assert stopped.value.code == 0 and "Divides the logits" in capsys.readouterr().out
+
+
+def test_list_shows_every_method_with_its_coordinates(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--list"])
+    shown = capsys.readouterr().out
+    for name in shared.taxonomy.registry():
+        factory = shared.taxonomy.registry()[name]
+        assert (getattr(factory, "alias", None) or name) in shown
+    assert "adversarial" in shown and "category" in shown
+
+
+def test_bench_measures_ratios_beside_ideals(tmp_path):
+    small = ["--model", "mlp", "--image-size", "8", "--batch-size", "32", "--rounds", "2"]
+    bench.main([*small, "--methods", "la, lpa(site=stage1), sam", "--json", str(tmp_path / "bench.json")])
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert set(found["ratios"]) == {"la", "lpa(site=stage1)", "sam"} and found["trainer"] > 0
+    for entry in found["ratios"].values():
+        assert entry["quotient"] == pytest.approx(entry["ratio"] / entry["ideal"])
+    assert found["ratios"]["la"]["ideal"] == 1.0 and found["ratios"]["sam"]["ideal"] == 2.0
+    # An MLP of 192-128-64: nearly all of its work stands before stage1, so three steps after it are cheap.
+    assert 1.0 < found["ratios"]["lpa(site=stage1)"]["ideal"] < 2.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods", "lppl"], "Write lpl"),
+        (["--methods", "lpl(bond=1)"], r"Write lpl\(bound=1\)"),
+        (["--methods", "lpl(bound=-1)"], "lpl needs bound >= 0, got -1"),
+        (["--methods", "ce, lpa(site=stage9)"], "stage1, stage2"),
+        (["--methods", "ce, ce"], "'ce' twice"),
+        (["--methods", "lpl(split=freq)"], "split=frequency"),
+        (["--methods", "isda", "--head", "cosine"], 'head="linear"'),
+        (["--methods", "weighting(weights=[1, 2])"], "needs 10 weights, got 2"),
+        (["--view", "longtale(5)"], "Write longtail"),
+        (["--view", "longtail(0.5)"], "ratio of at least 1"),
+        (["--model", "resnet21"], "resnet20"),
+        (["--batch-size", "100000"], "batch_size <= 344"),
+        (["--seeds", "0"], "--seeds needs at least 1"),
+        (["--config", "small_longtial"], "Did you mean 'small_longtail'"),
+        (["--plugin", "nowhere.py"], "nowhere.py"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_ends_with_a_clear_error_before_training(flags, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        compare.main([*flags, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_data_that_is_missing_or_damaged_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is none"):
+        compare.main(["--data", str(tmp_path / "none.npz"), "--out", str(tmp_path)])
+    (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 this is no archive")
+    with pytest.raises(ValueError, match="damaged.npz"):
+        compare.main(["--data", str(tmp_path / "damaged.npz"), "--out", str(tmp_path)])
+
+
+def test_an_error_is_one_line_and_exit_code_two(tmp_path):
+    command = [sys.executable, "experiments/train.py", "--method", "lppl", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="--out needs a folder that can be written"):
+        train.main(["--out", str(tmp_path / "file" / "inside")])

@@ -1,0 +1,109 @@
+"""perturbjax.label.bootstrapping: both kinds, what a perturbation of the target must keep (eq. 7), and the stopped gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import perturbjax as pj
+
+C = 4
+MODEL = pj.line(lambda w, x: x @ w)
+
+
+@pytest.fixture
+def problem():
+    """Weights, inputs and labels in float64."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        yield rng.normal(size=(5, C)), rng.normal(size=(7, 5)), rng.integers(0, C, 7).astype(np.int32)
+
+
+def log_softmax(u):
+    return u - np.log(np.exp(u).sum(1, keepdims=True))
+
+
+def moved(targets, u, weight, kind):
+    """y + λ(y′ − y) (taxonomy eqs. 37–38)."""
+    own = np.exp(log_softmax(u)) if kind == "soft" else np.eye(C)[u.argmax(1)]
+    return (1 - weight) * targets + weight * own
+
+
+def run(w, x, y, links, **fields):
+    made = pj.objective(MODEL, links, num_classes=C)
+    (_, out), grad = jax.value_and_grad(made, has_aux=True)(w, made.init(w, x), pj.batch(x, jnp.asarray(y), **fields))
+    return out, grad
+
+
+@pytest.mark.parametrize(
+    "kind, weight, used", [("soft", 0.3, 0.3), ("hard", 0.3, 0.3), ("soft", None, 0.05), ("hard", None, 0.2)]
+)
+def test_losses_are_those_of_the_moved_targets(problem, kind, weight, used):
+    w, x, y = problem
+    out, _ = run(w, x, y, pj.bootstrapping(kind=kind, weight=weight))
+    targets = moved(np.eye(C)[y], x @ w, used, kind)
+    np.testing.assert_allclose(out.losses, -(targets * log_softmax(x @ w)).sum(1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_gradient_is_the_finite_difference_with_the_targets_held(problem, kind):
+    w, x, y = problem
+    _, grad = run(w, x, y, pj.bootstrapping(kind=kind, weight=0.3))
+    held = moved(np.eye(C)[y], x @ w, 0.3, kind)
+    steps = 1e-6 * np.eye(w.size).reshape(-1, *w.shape)
+    difference = lambda loss: np.array([(loss(w + e) - loss(w - e)) / 2e-6 for e in steps]).reshape(w.shape)
+    np.testing.assert_allclose(grad, difference(lambda w: -(held * log_softmax(x @ w)).sum(1).mean()), atol=1e-9)
+    if kind == "soft":  # letting the gradient into the target is another method
+        through = lambda w: -(moved(np.eye(C)[y], x @ w, 0.3, kind) * log_softmax(x @ w)).sum(1).mean()
+        assert np.abs(grad - difference(through)).max() > 1e-3
+
+
+logits = st.lists(st.lists(st.floats(-30, 30, width=32), min_size=C, max_size=C), min_size=3, max_size=3)
+
+
+@given(logits, logits, st.floats(0, 1, width=32), st.sampled_from(["soft", "hard"]))
+def test_targets_stay_on_the_simplex(u, v, weight, kind):
+    """Eq. 7: Σ_c Δy_c = 0 and y + Δy ≥ 0, for any soft target."""
+    softmax = lambda x: jax.nn.softmax(jnp.array(x, jnp.float32))
+    targets = softmax(v)
+    after = pj.bootstrapped_targets(targets, jax.nn.log_softmax(jnp.array(u, jnp.float32)), weight=weight, kind=kind)
+    np.testing.assert_allclose((after - targets).sum(1), 0, atol=2e-6)
+    assert (after >= 0).all()
+
+
+def test_hard_bootstrapping_lowers_every_loss_soft_need_not(problem):
+    w, x, y = problem
+    plain, _ = run(w, x, y, ())
+    hard, _ = run(w, x, y, pj.bootstrapping(kind="hard"))
+    assert (hard.losses <= plain.losses + 1e-12).all() and (hard.losses < plain.losses - 1e-3).any()
+    u = np.array([[3.0, 0, 0, 0]])  # the taxonomy paper's remark after eq. 38 holds for the hard prediction only
+    out, _ = run(np.eye(C), u, np.array([0]), pj.bootstrapping(weight=0.9))
+    assert out.losses[0] > run(np.eye(C), u, np.array([0]), ())[0].losses[0] + 0.1
+
+
+def test_mixed_targets_are_moved_as_they_are(problem):
+    w, x, y = problem
+    targets = 0.6 * np.eye(C)[y] + 0.4 * np.eye(C)[y[::-1]]
+    out, _ = run(w, x, y, pj.bootstrapping(weight=0.3), targets=jnp.asarray(targets))
+    np.testing.assert_allclose(out.losses, -(moved(targets, x @ w, 0.3, "soft") * log_softmax(x @ w)).sum(1), rtol=1e-9)
+
+
+def test_the_prediction_is_that_of_the_perturbed_logits(problem):
+    """After LA the own prediction is the adjusted one: what the loss sees."""
+    w, x, y = problem
+    counts = np.array([50, 20, 10, 5])
+    made = pj.objective(
+        MODEL, pj.chain(pj.logit_adjustment(), pj.bootstrapping(weight=0.3)), num_classes=C, class_counts=counts
+    )
+    _, out = made(w, made.init(w, x), pj.batch(x, jnp.asarray(y)))
+    u = x @ w + np.log(counts / counts.sum())
+    np.testing.assert_allclose(out.losses, -(moved(np.eye(C)[y], u, 0.3, "soft") * log_softmax(u)).sum(1), rtol=1e-9)
+
+
+def test_errors_say_what_was_given():
+    with pytest.raises(ValueError, match="bootstrapping needs kind to be one of its names, got 'firm'"):
+        pj.bootstrapping(kind="firm")
+    with pytest.raises(ValueError, match="bootstrapping needs 0 <= weight <= 1, got -0.1"):
+        pj.bootstrapping(weight=-0.1)

@@ -1,0 +1,114 @@
+"""perturbjax.loss.class_weighting: both formulas, given weights, the loss and its gradient, and undistorted targets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.utils.class_weight import compute_class_weight
+
+import perturbjax as pj
+
+C, COUNTS = 4, np.array([10, 2, 5, 1])
+MODEL = pj.line(lambda w, x: x @ w)
+
+
+@pytest.fixture
+def problem():
+    """Weights, inputs and labels in float64."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        yield rng.normal(size=(5, C)), rng.normal(size=(7, 5)), rng.integers(0, C, 7).astype(np.int32)
+
+
+def log_softmax(u):
+    return u - np.log(np.exp(u).sum(1, keepdims=True))
+
+
+def run(w, x, y, links, **fields):
+    made = pj.objective(MODEL, links, num_classes=C, class_counts=COUNTS)
+    (loss, out), grad = jax.value_and_grad(made, has_aux=True)(w, made.init(w, x), pj.batch(x, jnp.asarray(y), **fields))
+    return loss, out, grad
+
+
+def test_balanced_is_scikit_learn_s():
+    labels = np.repeat(np.arange(C), COUNTS)
+    expected = compute_class_weight("balanced", classes=np.arange(C), y=labels)
+    np.testing.assert_allclose(pj.class_weights(COUNTS, kind="balanced"), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.9, 0.99, 0.9999, 1 - 1e-7])
+@pytest.mark.parametrize("counts", [COUNTS, np.array([5000, 500, 50, 5])])
+def test_effective_number_of_samples(beta, counts):
+    """Cui et al., eq. 4, scaled to sum C; float32's 1 − β leaves four digits where both ends of the saturation meet."""
+    raw = (1 - beta) / -np.expm1(counts * np.log1p(beta - 1))
+    ours = pj.class_weights(counts, kind="effective", beta=beta)
+    np.testing.assert_allclose(ours, raw * C / raw.sum(), rtol=2e-4)
+    np.testing.assert_allclose(ours.sum(), C, rtol=1e-6)
+
+
+def test_effective_lies_between_no_weights_and_inverse_frequency():
+    weights = lambda beta: pj.class_weights(COUNTS, kind="effective", beta=beta)
+    np.testing.assert_allclose(weights(1e-6), 1, rtol=1e-5)
+    np.testing.assert_allclose(weights(1 - 1e-7), 1 / COUNTS * C / (1 / COUNTS).sum(), rtol=1e-5)
+    np.testing.assert_array_equal(pj.class_weights(COUNTS, kind="none"), 1)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(kind="balanced"), dict(kind="effective", beta=0.9), dict(weights=(2.0, 0.0, 1.0, 0.5))]
+)
+def test_loss_and_gradient_are_the_mean_of_weighted_losses(problem, settings):
+    w, x, y = problem
+    loss, _, grad = run(w, x, y, pj.class_weighting(**settings))
+    given = settings.get("weights")
+    factor = np.asarray(pj.class_weights(COUNTS, **settings) if given is None else given, np.float64)[y]
+    plain = lambda w: (factor * -log_softmax(x @ w)[np.arange(7), y]).mean()
+    np.testing.assert_allclose(loss, plain(w), rtol=1e-10)
+    steps = 1e-6 * np.eye(w.size).reshape(-1, *w.shape)
+    numeric = np.array([(plain(w + e) - plain(w - e)) / 2e-6 for e in steps]).reshape(w.shape)
+    np.testing.assert_allclose(grad, numeric, atol=1e-9)
+
+
+def test_smoothed_targets_keep_their_proportions(problem):
+    """The factor is the sample's; a weight on each class's term would pull the optimum away from the smoothed targets."""
+    w, x, y = problem
+    chain = pj.chain(pj.class_weighting(weights=(2.0, 1.0, 3.0, 4.0)), pj.label_smoothing(weight=0.2))
+    _, out, _ = run(w, x, y, chain)
+    losses = -((0.8 * np.eye(C)[y] + 0.05) * log_softmax(x @ w)).sum(1)
+    np.testing.assert_allclose(out.losses, np.array([2.0, 1.0, 3.0, 4.0])[y] * losses, rtol=1e-9)
+
+
+def test_it_multiplies_the_weights_the_samples_bring(problem):
+    w, x, y = problem
+    weights = jnp.linspace(0.0, 2.0, 7, dtype=jnp.float32)
+    _, out, _ = run(w, x, y, pj.class_weighting(weights=(2.0, 1.0, 3.0, 4.0)), weights=weights)
+    expected = np.asarray(weights) * np.array([2.0, 1.0, 3.0, 4.0])[y] * -log_softmax(x @ w)[np.arange(7), y]
+    np.testing.assert_allclose(out.losses, expected, rtol=1e-6)
+
+
+def test_given_weights_may_be_traced():
+    """A sweep over weights shares one state."""
+    made = lambda weights: pj.objective(MODEL, pj.class_weighting(weights=weights), num_classes=2)
+    w, x, y = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
+    states = made((1.0, 1.0)).init(w, x)
+    loss = jax.jit(lambda first: made((first, 1.0))(w, states, pj.batch(x, y))[0])
+    np.testing.assert_allclose(loss(3.0), 2 * loss(1.0), rtol=1e-6)
+
+
+def test_errors_say_what_to_do():
+    with pytest.raises(ValueError, match="needs samples of every class, got none of class 1. Drop the class."):
+        pj.class_weights(np.array([3, 0, 2]))
+    objective = lambda links, **kw: pj.objective(MODEL, links, num_classes=C, **kw)
+    with pytest.raises(ValueError, match="class_weighting needs 4 weights, got 2. Give one per class."):
+        objective(pj.class_weighting(weights=(1.0, 2.0))).init(jnp.ones([5, C]), jnp.ones([7, 5]))
+    with pytest.raises(ValueError, match="class_weighting needs 'class_counts', got none"):
+        objective(pj.class_weighting())
+    with pytest.raises(ValueError, match="got none of class 3"):
+        objective(pj.class_weighting(), class_counts=[1, 1, 1, 0]).init(jnp.ones([5, C]), jnp.ones([7, 5]))
+    with pytest.raises(
+        ValueError, match="class_weighting needs kind to be one of its names, got 'balance'. Did you mean 'balanced'"
+    ):
+        pj.class_weighting(kind="balance")
+    with pytest.raises(ValueError, match="class_weighting needs 0 < beta < 1, got 1.0. The limit 1 is"):
+        pj.class_weighting(beta=1.0)
+    with pytest.raises(ValueError, match="class_weighting needs weights >= 0"):
+        pj.class_weighting(weights=(1.0, -2.0, 1.0, 1.0))

@@ -1,0 +1,97 @@
+"""perturbjax.loss.focal: the equation, its gradient (also where p = 1), its limits, and company."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import perturbjax as pj
+
+C = 4
+MODEL = pj.line(lambda w, x: x @ w)
+
+
+@pytest.fixture
+def problem():
+    """Weights, inputs and labels in float64."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        yield rng.normal(size=(5, C)), rng.normal(size=(7, 5)), rng.integers(0, C, 7).astype(np.int32)
+
+
+def log_softmax(u):
+    return u - np.log(np.exp(u).sum(1, keepdims=True))
+
+
+def focal_loss(u, y, gamma, targets=None):
+    """(1 − p_y)^γ · ℓ, ℓ the cross entropy with the targets."""
+    log_p, targets = log_softmax(u), np.eye(C)[y] if targets is None else targets
+    return (1 - np.exp(log_p[np.arange(len(y)), y])) ** gamma * -(targets * log_p).sum(1)
+
+
+def run(w, x, y, links, **fields):
+    made = pj.objective(MODEL, links, num_classes=C)
+    (_, out), grad = jax.value_and_grad(made, has_aux=True)(w, made.init(w, x), pj.batch(x, jnp.asarray(y), **fields))
+    return out, grad
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0, 5.0])
+def test_losses_and_gradient_are_the_equation_and_its_finite_difference(problem, gamma):
+    """The factor takes part in the gradient."""
+    w, x, y = problem
+    out, grad = run(w, x, y, pj.focal(gamma=gamma))
+    np.testing.assert_allclose(out.losses, focal_loss(x @ w, y, gamma), rtol=1e-10)
+    steps = 1e-6 * np.eye(w.size).reshape(-1, *w.shape)
+    loss = lambda w: focal_loss(x @ w, y, gamma).mean()
+    numeric = np.array([(loss(w + e) - loss(w - e)) / 2e-6 for e in steps]).reshape(w.shape)
+    np.testing.assert_allclose(grad, numeric, atol=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("gap", [0.0, 10.0, 17.0, 100.0, 1e4])
+def test_value_and_gradients_stay_finite_up_to_certainty(gamma, gap):
+    """In float32 the probability of the true class is exactly 1 from a logit gap of 17 on."""
+
+    def loss(u, gamma):
+        log_p = jax.nn.log_softmax(u)
+        return (pj.focal_factor(log_p, jnp.array([0]), gamma=gamma) * -log_p[:, 0]).sum()
+
+    for out in jax.value_and_grad(loss, argnums=(0, 1))(jnp.array([[gap, 0.0]]), jnp.float32(gamma)):
+        for leaf in jax.tree.leaves(out):
+            assert np.isfinite(leaf).all()
+
+
+def test_gamma_zero_is_cross_entropy(problem):
+    w, x, y = problem
+    for ours, plain in zip(run(w, x, y, pj.focal(gamma=0.0)), run(w, x, y, ())):
+        ours, plain = (getattr(o, "losses", o) for o in (ours, plain))
+        np.testing.assert_array_equal(ours, plain)
+
+
+def test_small_misses_keep_their_digits():
+    """1 − p at p = 1 − 2⁻²⁰: the difference of float32 numbers would have four digits left."""
+    log_p = jnp.log1p(-jnp.float32(2.0**-20)).reshape(1, 1)
+    np.testing.assert_allclose(pj.focal_factor(log_p, jnp.array([0]), gamma=1.0), [2.0**-20], rtol=1e-6)
+
+
+def test_after_label_smoothing_it_multiplies_that_loss_by_the_label_s_factor(problem):
+    w, x, y = problem
+    out, _ = run(w, x, y, pj.chain(pj.focal(gamma=2.0), pj.label_smoothing(weight=0.2)))
+    np.testing.assert_allclose(out.losses, focal_loss(x @ w, y, 2.0, 0.8 * np.eye(C)[y] + 0.05), rtol=1e-10)
+
+
+def test_with_mixed_targets_the_factor_is_that_of_the_dominant_class(problem):
+    w, x, y = problem
+    targets = 0.7 * np.eye(C)[y] + 0.3 * np.eye(C)[y[::-1]]
+    out, _ = run(w, x, y, pj.focal(), targets=jnp.asarray(targets))
+    np.testing.assert_allclose(out.losses, focal_loss(x @ w, y, 2.0, targets), rtol=1e-10)
+
+
+def test_it_lowers_every_loss(problem):
+    w, x, y = problem
+    assert (run(w, x, y, pj.focal())[0].losses < run(w, x, y, ())[0].losses).all()
+
+
+def test_negative_gamma_is_an_error():
+    with pytest.raises(ValueError, match="focal needs gamma >= 0, got -1"):
+        pj.focal(gamma=-1.0)

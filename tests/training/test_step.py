@@ -1,0 +1,201 @@
+"""perturbjax.training: one step for everything, compiled once, and what it promises to chains, optimisers and BatchNorm."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import perturbjax as pj
+from perturbjax.data import Dataset, check, epoch_order
+from perturbjax.models import create
+from perturbjax.training import Recipe, device_data, fit, init_state, split_methods
+from perturbjax.training.loop import predict
+from perturbjax.training.step import as_arrays, compiled_step, learning_rate, pixels, train_step
+
+pytestmark = pytest.mark.optax_promotes  # schedules
+
+NUMBERS = {"method": (), "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+TRACES = []
+
+
+@functools.cache
+def dataset(size=6, classes=3, count=48):
+    """Blurred class patterns: learnable in a few steps."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(count) % classes
+    patterns = rng.uniform(0.2, 0.8, (classes, size, size, 3))
+    images = np.clip(patterns[labels] + rng.normal(0, 0.1, (count, size, size, 3)), 0, 1)
+    images = (255 * images).astype(np.uint8)
+    return check(Dataset("patterns", images, labels, images[::2].copy() // 2 * 2 + 1, labels[::2]))
+
+
+def lpl_and_sam(numbers):
+    if any(isinstance(x, jax.core.Tracer) for x in numbers):
+        TRACES.append(1)
+    bound, radius = numbers
+    return pj.lpl(bound=bound, max_steps=4), pj.sam(radius=radius)
+
+
+def recipe(build=lambda numbers: (), *, model="mlp", batch_size=16, epochs=2, **options):
+    d = dataset()
+    mean, std = d.channel_stats()
+    width = 8 if model == "mlp" else 2
+    net = create(model, num_classes=3, mean=mean, std=std, width=width)
+    return Recipe(net, build, 3, len(d.train_labels), batch_size=batch_size, epochs=epochs, **options)
+
+
+def plain(numbers):
+    return ()
+
+
+def one(made, numbers=(), **options):
+    r = recipe(made, **options)
+    wanted = NUMBERS | {"method": numbers}
+    data = device_data(dataset())
+    state = init_state(r, wanted, data, 0)
+    index = jnp.asarray(epoch_order(r.num_examples, r.batch_size, 0, 0)[0])
+    return r, wanted, data, state, index
+
+
+def test_all_seeds_and_settings_of_a_structure_share_one_compilation():
+    r = recipe(lpl_and_sam)
+    TRACES.clear()
+    for seed, numbers in [(0, (0.2, 0.05)), (1, (0.2, 0.05)), (0, (0.4, 0.01))]:
+        fit(r, dataset(), NUMBERS | {"method": numbers, "learning_rate": 0.05 + 0.01 * seed}, seed)
+    # Once in the step, once in the measurement of losses at the end of a run.
+    assert len(TRACES) == 2
+
+
+def test_same_seed_same_numbers_and_other_seed_others():
+    r = recipe(plain)
+    a, b, c = (fit(r, dataset(), NUMBERS, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a.logits, b.logits)
+    assert a.accuracy == b.accuracy and a.loss == b.loss
+    assert np.abs(a.logits - c.logits).max() > 1e-3
+
+
+def test_several_steps_in_one_call_are_the_single_steps():
+    r = recipe(plain)
+    a, b = fit(r, dataset(), NUMBERS, 0, steps_per_call=1), fit(r, dataset(), NUMBERS, 0, steps_per_call=2)
+    np.testing.assert_allclose(a.logits, b.logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(a.loss, b.loss, rtol=1e-5)
+
+
+def test_plain_training_is_the_loop_people_write_by_hand():
+    r, numbers, data, state, index = one(plain, model="cnn")
+    after, metrics = jax.jit(lambda s, n, d, i: train_step(r, s, n, d, i))(state, as_arrays(numbers), data, index)
+
+    def loss(params):
+        variables = {"params": params, "batch_stats": state.stats}
+        logits, new = r.model.apply(variables, pixels(data.images[index]), train=True, mutable=["batch_stats"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels[index])
+        return losses.mean(), new["batch_stats"]
+
+    (value, stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
+    rate = 0.1 * learning_rate(r)(0)
+    expected = jax.tree.map(lambda w, g: w - rate * (g + 5e-4 * w), state.params, grads)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
+    close(metrics["loss"], value)
+    jax.tree.map(close, (after.params, after.stats), (expected, stats))
+
+
+def test_sam_takes_the_gradient_of_the_perturbed_loss_and_batch_norm_is_written_once():
+    r, numbers, data, state, index = one(lambda n: (pj.lpl(bound=0.5), pj.sam(radius=0.3)), model="cnn")
+    after, _ = jax.jit(lambda s, n, d, i: train_step(r, s, n, d, i))(state, as_arrays(numbers), data, index)
+    objective = pj.objective(r.model, pj.lpl(bound=0.5), num_classes=3, class_counts=data.class_counts)
+    batch = pj.Batch(pixels(data.images[index]), data.labels[index], index=index)
+    key = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, 0), 0))[0]
+
+    @jax.jit
+    def gradient(params):
+        loss = lambda p: objective(p, state.states, batch, key=key, stats=state.stats)
+        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, out
+
+    first, out = gradient(state.params)
+    norm = optax.tree.norm(first)
+    second, elsewhere = gradient(jax.tree.map(lambda w, g: w + 0.3 * g / norm, state.params, first))
+    rate = 0.1 * learning_rate(r)(0)
+    expected = jax.tree.map(lambda w, g: w - rate * (g + 5e-4 * w), state.params, second)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-6)
+    jax.tree.map(close, after.params, expected)
+    jax.tree.map(close, after.stats, out.stats)
+    gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), out.stats, elsewhere.stats)
+    assert max(jax.tree.leaves(gap)) > 1e-4  # the second pass would have written something else
+
+
+@pytest.mark.parametrize(
+    "switched_off",
+    [
+        lambda n: (pj.lpa(bound=0.0, site="stage1"),),
+        lambda n: (pj.adversarial_training(bound=0.0, num_steps=1),),
+        lambda n: (pj.lpl(bound=0.0), pj.lpg(bound=0.0), pj.sam(radius=0.0)),
+    ],
+    ids=["lpa", "at", "lpl+lpg+sam"],
+)
+def test_bound_zero_is_plain_training_bit_for_bit_through_convolutions_and_batch_norm(switched_off):
+    def run(build):
+        r, numbers, data, state, index = one(build, model="resnet8")
+        step, arrays = compiled_step(r), as_arrays(numbers)
+        for _ in range(2):
+            state, _ = step(state, arrays, data, index[None])
+        return state.params, state.stats
+
+    jax.tree.map(np.testing.assert_array_equal, run(switched_off), run(plain))
+
+
+def test_gradient_and_inner_evaluations_are_counted():
+    counted = lambda build: fit(recipe(build, epochs=1), dataset(), NUMBERS, 0)
+    runs = [counted(plain), counted(lambda n: (pj.sam(),)), counted(lambda n: (pj.lpa(num_steps=2, site="stage1"), pj.pugd()))]
+    assert [r.gradient_evaluations for r in runs] == [1.0, 2.0, 2.0]
+    assert [r.inner_evaluations for r in runs] == [0.0, 0.0, 2.0]
+
+
+def test_training_losses_are_those_of_the_perturbed_pass():
+    run = fit(recipe(lambda n: (pj.logit_adjustment(tau=0.0), pj.label_smoothing(weight=0.3))), dataset(), NUMBERS, 0)
+    clean, perturbed, labels = run.losses
+    assert clean.shape == perturbed.shape == labels.shape
+    assert np.abs(clean - perturbed).max() > 1e-3
+    assert fit(recipe(lambda n: (pj.sam(),)), dataset(), NUMBERS, 0).losses is None
+
+
+def test_padding_of_the_last_evaluation_batch_changes_no_number():
+    r, _, _, state, _ = one(plain, model="cnn")
+    images = dataset().test_images
+    whole = predict(r.model, state.params, state.stats, images, batch_size=len(images))
+    np.testing.assert_allclose(predict(r.model, state.params, state.stats, images, batch_size=7), whole, rtol=1e-4, atol=1e-5)
+    assert whole.shape == (len(images), 3)
+
+
+def test_a_diverging_run_ends_with_the_epoch():
+    with pytest.raises(FloatingPointError, match=r"epoch 1 \(seed 0\)"):
+        fit(recipe(plain, model="cnn"), dataset(), NUMBERS | {"learning_rate": 1e30}, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(batch_size=49), "1 <= batch_size <= 48"),
+        (dict(epochs=0), "epochs >= 1"),
+        (dict(schedule="linear"), "'cosine' or 'constant', got 'linear'"),
+    ],
+)
+def test_recipes_that_cannot_run_are_found_before_anything_compiles(options, message):
+    with pytest.raises(ValueError, match=message):
+        init_state(recipe(plain, **options), NUMBERS, device_data(dataset()), 0)
+
+
+def test_learning_rate_warms_up_linearly_and_falls_to_zero():
+    r = recipe(plain, epochs=10, warmup_epochs=2.0)  # 3 steps an epoch
+    factor = np.array([float(learning_rate(r)(t)) for t in range(31)])
+    assert (np.diff(factor[:7]) > 0).all() and factor[6] == 1.0 and (np.diff(factor[7:]) <= 0).all() and factor[30] < 1e-6
+    np.testing.assert_allclose(np.diff(factor[:7]), np.diff(factor[:7])[0], rtol=1e-4)
+    assert float(learning_rate(recipe(plain, schedule="constant", warmup_epochs=0.0))(5)) == 1.0
+
+
+def test_methods_are_sorted_into_chain_and_optimiser_links():
+    chain, transforms = split_methods((pj.sam(), pj.lpl(), pj.manifold_mixup(), pj.gradient_clipping(), ()))
+    assert [link.name for link in chain] == ["lpl"] + ["manifold_mixup"] * 3 and len(transforms) == 2
