@@ -81,7 +81,7 @@ class Net(nn.Module):
 
 def test_a_flax_module_has_its_own_sites_statistics_and_dropout():
     made, key = pj.line(Net()), jax.random.key(3)
-    variables = Net().init(jax.random.key(0), X)
+    variables = jax.jit(Net().init)(jax.random.key(0), X)
     params, stats = variables["params"], variables["batch_stats"]
     assert made.sites == Net.sites
     rngs = {"dropout": key}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import perturbjax as pj
@@ -149,7 +149,7 @@ def test_by_rank_the_half_is_the_default_and_the_ends_are_all_or_none():
     np.testing.assert_array_equal(frequency(tau=1.0)[2], -1)
 
 
-@pytest.mark.parametrize("tau", ["2/5", "1/2", "3/5", "3/10", "7/10"])
+@pytest.mark.parametrize("tau", ["2/5", "1/2", "3/5", "3/10", "7/10", "53/100", "59/100"])
 @pytest.mark.parametrize("classes", [5, 7, 10, 100])
 def test_by_rank_a_share_is_exact(tau, classes):
     """⌊τC⌋ classes are lowered, whatever float32 makes of the product."""
@@ -158,6 +158,7 @@ def test_by_rank_a_share_is_exact(tau, classes):
 
 
 @given(st.lists(st.integers(1, 6), min_size=5, max_size=5), st.sampled_from([2, 3]))
+@settings(max_examples=50)
 def test_by_rank_for_any_counts(counts, head):
     order = sorted(range(5), key=lambda c: (-counts[c], c))
     expected = [-1 if c in order[:head] else 1 for c in range(5)]
@@ -239,6 +240,7 @@ def test_by_loss():
 
 
 @given(st.lists(st.integers(0, 5), min_size=8, max_size=8), st.integers(0, 8))
+@settings(max_examples=50)
 def test_by_loss_top_share(losses, number):
     order = sorted(range(8), key=lambda i: (-losses[i], i))
     expected = [-1 if i in order[:number] else 1 for i in range(8)]

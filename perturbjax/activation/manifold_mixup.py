@@ -2,6 +2,7 @@ r"""Manifold mixup: mixup at a site that is drawn anew for each batch.
 
     site s uniform over the given ones;   ã⁽ˢ⁾_i = λ a⁽ˢ⁾_i + (1 − λ) a⁽ˢ⁾_j,   ỹ_i = λ y_i + (1 − λ) y_j,   λ ~ Beta(α, α)
 
+The loss is the cross entropy with ỹ, as in the paper; the authors' code takes a binary cross entropy of softmax(u) instead.
 Source: Verma et al., "Manifold Mixup", ICML 2019; LPA eq. 4.
 """
 
@@ -35,7 +36,10 @@ def manifold_mixup(
         def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
             if _DRAW not in flow.extra:
                 site_key, mix_key = jax.random.split(context.key)
-                drawn = (jax.random.randint(site_key, [], 0, len(sites)), *draw_mixing(mix_key, flow.labels.shape[0], alpha=alpha))
+                drawn = (
+                    jax.random.randint(site_key, [], 0, len(sites)),
+                    *draw_mixing(mix_key, flow.labels.shape[0], alpha=alpha),
+                )
                 flow = flow._replace(extra={**flow.extra, _DRAW: drawn})
             chosen, weight, partner = flow.extra[_DRAW]
             here = jnp.where(chosen == number, weight, 1)  # λ = 1 leaves this site alone

@@ -28,7 +28,9 @@ def mix(values: jax.Array, weight: ArrayLike, partner: jax.Array) -> jax.Array:
     [0.25 0.75]
     """
     if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise ValueError(f"mix needs floating values, got {values.dtype}. Convert them first: values.astype(jnp.float32) / 255.")
+        raise ValueError(
+            f"mix needs floating values, got {values.dtype}. Convert them first: values.astype(jnp.float32) / 255."
+        )
     weight = jnp.asarray(weight, values.dtype)
     return weight * values + (1 - weight) * values[partner]
 

@@ -39,7 +39,9 @@ def gradient_noise(*, eta: ArrayLike = 0.01, gamma: ArrayLike = 0.55) -> optax.G
 
     def update(updates, state, params=None, *, key=None, **extra_args):
         if key is None:
-            raise ValueError("gradient_noise needs `key`, got none: call tx.update(grads, state, params, key=jax.random.key(step)).")
+            raise ValueError(
+                "gradient_noise needs `key`, got none: call tx.update(grads, state, params, key=jax.random.key(step))."
+            )
         noisy, after = optax.add_noise(eta, gamma, key).update(updates, optax.AddNoiseState(state.count, key), params)
         return noisy, GradientNoiseState(after.count)
 

@@ -58,9 +58,7 @@ def isda(*, strength: ArrayLike = 0.5) -> Perturbation:
         return running_covariance_init(context.num_classes, shape[1])
 
     def apply(flow: Flow, rest: Rest, state: RunningCovariance, context: Context):
-        state = running_covariance_update(
-            state, flow.trace["features"], flow.labels, axis_name=context.axis_name
-        )
+        state = running_covariance_update(state, flow.trace["features"], flow.labels, axis_name=context.axis_name)
         weights, _ = context.head()
         shift = isda_delta(weights, state.covariance, strength=jnp.asarray(strength, jnp.float32) * context.progress)
         return flow._replace(value=flow.value + shift[flow.labels].astype(flow.value.dtype)), state, {}

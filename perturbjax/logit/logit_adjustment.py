@@ -21,7 +21,7 @@ def logit_adjustment_delta(class_counts: ArrayLike, *, tau: ArrayLike = 1.0) -> 
     Raises:
       ValueError: a class without samples (log 0).
 
-    >>> print(logit_adjustment_delta(jnp.array([75, 25])).round(3))
+    >>> print(np.asarray(logit_adjustment_delta(np.array([75, 25]))).round(3))
     [-0.288 -1.386]
     """
     if not is_traced(class_counts) and (np.asarray(class_counts) <= 0).any():

@@ -3,7 +3,8 @@ r"""Logit perturbation learning (LPL): one perturbation of the logits per class,
     u⁰ = u,   uᵏ⁺¹ = uᵏ + s_c · α · mean_{j: y_j = c}(softmax(uᵏ_j) − ŷ_j)   for k < K_c = ⌊ε_c/α⌋,   loss at u^K
 
 s_c = +1 raises the loss of class c, −1 lowers it (eqs. 11–17, Algorithm 2); the bound ε_c sets the number of steps, fixed or
-varied by class (eqs. 18–19). Source: Li, Su, Wu, Zhang, "Logit Perturbation", AAAI 2022.
+varied by class (eqs. 18–19). This is Algorithm 2 as printed; the authors' code also divides each class's step by a norm.
+Source: Li, Su, Wu, Zhang, "Logit Perturbation", AAAI 2022.
 """
 
 from typing import Any, Literal

@@ -20,7 +20,9 @@ from perturbjax.core import Context, Flow, Perturbation, Rest, method
 KINDS = ("none", "balanced", "effective")
 
 
-def class_weights(class_counts: ArrayLike, *, kind: Literal["none", "balanced", "effective"] = "balanced", beta: ArrayLike = 0.9999) -> jax.Array:
+def class_weights(
+    class_counts: ArrayLike, *, kind: Literal["none", "balanced", "effective"] = "balanced", beta: ArrayLike = 0.9999
+) -> jax.Array:
     """w: [C], from the number of training samples of each class [C].
 
     Raises:

@@ -23,6 +23,7 @@ from perturbjax.training.step import (
 )
 
 EVALUATION_BATCH = 512
+_COMPILED: set[tuple[Recipe, int]] = set()
 
 
 @dataclasses.dataclass
@@ -36,7 +37,7 @@ class History:
     logits: np.ndarray
     """[N, C] test logits after the last epoch."""
     seconds: float
-    """Of training, without evaluation and compilation of the first epoch's program."""
+    """Wall-clock time of the training steps, without compilation and evaluation."""
     gradient_evaluations: float
     """Gradients with respect to the parameters, per step."""
     inner_evaluations: float
@@ -83,6 +84,7 @@ def fit(
     step = compiled_step(recipe)
     if steps_per_call is None:
         steps_per_call = 1 if jax.default_backend() == "cpu" else 100
+    _compile(step, recipe, state, numbers_on_device, data, steps_per_call)
     accuracy, loss, metrics, seconds = [], [], {}, 0.0
     for epoch in range(recipe.epochs):
         order = epoch_order(recipe.num_examples, recipe.batch_size, seed, epoch)
@@ -114,6 +116,17 @@ def fit(
         losses=training_losses(recipe, state, numbers, data, seed),
         state=state,
     )
+
+
+def _compile(step, recipe: Recipe, state: TrainState, numbers, data, steps_per_call: int) -> None:
+    """Compiles the step for the sizes of call that will occur, once per recipe, so that `seconds` is training alone."""
+    whole, rest = divmod(recipe.steps_per_epoch, steps_per_call)
+    sizes = ([steps_per_call] if whole else []) + ([rest] if rest else [])
+    for steps in sizes:
+        if (recipe, steps) not in _COMPILED:
+            index = jnp.zeros([steps, recipe.batch_size], jnp.int32)
+            jax.block_until_ready(step(jax.tree.map(jnp.copy, state), numbers, data, index))
+            _COMPILED.add((recipe, steps))
 
 
 def extra_gradients(opt_state: optax.OptState) -> int:

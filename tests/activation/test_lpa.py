@@ -45,8 +45,7 @@ def run(links, problem, states=None, **place):
     params, x, y = problem
     made = objective(links)
     states = made.init(params, x) if states is None else states
-    passed = jax.jit(lambda *given: jax.grad(made, has_aux=True)(*given, **place))
-    grads, out = passed(params, states, pj.batch(x, jnp.asarray(y)))
+    grads, out = jax.grad(made, has_aux=True)(params, states, pj.batch(x, jnp.asarray(y)), **place)
     return out, grads
 
 
@@ -146,6 +145,17 @@ def test_only_the_layers_behind_the_site_rerun(problem):
     calls.update(dict.fromkeys(PIECES, 0))
     jax.make_jaxpr(jax.grad(lambda w: made(w, states, pj.batch(x, jnp.asarray(y)))[0]))(params)
     assert calls == dict(stage1=1, stage2=5, logits=5)
+
+
+def test_searches_add_up_instead_of_multiplying(problem):
+    """LPA's steps rerun the pass without LPL's search at the logits: that one starts from LPA's perturbed logits."""
+    params, x, y = problem
+    kw = dict(bound=0.4, step_size=0.2, direction=1.0)
+    both, _ = run(pj.chain(pj.lpa(site="stage1", direction=1.0), pj.lpl(**kw)), problem)
+    first, _ = run(pj.lpa(site="stage1", direction=1.0), problem)
+    made = pj.objective(pj.line(lambda w, u: u + w[None]), pj.lpl(**kw), num_classes=C)
+    _, then = made(jnp.zeros(C), made.init(jnp.zeros(C), first.logits), pj.batch(first.logits, jnp.asarray(y)))
+    np.testing.assert_allclose(both.losses, then.losses, rtol=1e-5)
 
 
 def test_no_gradient_leaks_through_the_perturbation(problem, float64):

@@ -247,6 +247,15 @@ def test_no_gradient_leaks_into_the_value_or_the_parameters(x64, grouping):
         assert np.abs(full - expected).max() > 1e-2, "the test could not see a leak"
 
 
+def test_no_gradient_leaks_where_the_sum_is_clipped(x64):
+    """There δ = high − value: as a constant, not as a function of the value."""
+
+    def total(value):
+        return pgd(losses_of, value, None, B, step_size=0.3, num_steps=2, value_range=(-0.2, 0.2))[0].sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.asarray(VALUE)), 0)
+
+
 def test_traced_settings_need_no_second_compilation_and_vmap(x64):
     traces = []
 
@@ -365,11 +374,11 @@ def test_deltas_per_sample_on_four_devices(check_vma):
     assert_same(mapped(f, 4, check_vma)(value, labels, w1), expected)
 
 
-@pytest.mark.parametrize("over", [jax.pmap, jax.vmap], ids=["pmap", "vmap"])
+@pytest.mark.parametrize("over", [jax.pmap, lambda f, **axes: quick(jax.vmap(f, **axes))], ids=["pmap", "vmap"])
 def test_pmap_and_vmap_over_the_axis_have_the_numbers_of_one_device(over):
     value, labels, w1 = arguments()
     split = lambda x: x.reshape((4, B // 4) + x.shape[1:])
-    got = quick(over(per_device, axis_name="d", in_axes=(0, 0, None)))(split(value), split(labels), w1)
+    got = over(per_device, axis_name="d", in_axes=(0, 0, None))(split(value), split(labels), w1)
     assert_same(got, one_device())
 
 
@@ -428,14 +437,14 @@ def test_any_shape_any_groups(problem):
 
 def test_padding_belongs_to_no_group():
     """Labels outside 0..G-1 take no part in the means and get no delta."""
-    labels = jnp.array([0, 1, -1, 0, C, 2, 0, 99])
+    labels = jnp.array([0, 1, -1, 3, C, 2, 0, 99])
     value = jnp.asarray(VALUE, jnp.float32)
     inside = np.isin(labels, range(C))
     loss = lambda labels: lambda v: losses_of(v, labels)
     search = quick(lambda value, labels, known: pgd(loss(known), value, labels, C, step_size=0.3, num_steps=2)[0])
     delta = search(value, labels, jnp.where(inside, labels, 0))
     alone = search(value[inside], labels[inside], labels[inside])
-    np.testing.assert_allclose(delta[inside], alone, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(delta[inside], alone, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(delta[~inside], 0)
 
 
