@@ -94,7 +94,7 @@ def stepper(recipe: Recipe, numbers: dict, dataset: Dataset):
     index = jnp.arange(recipe.batch_size, dtype=jnp.int32)[None]
 
     def run():
-        held[0], metrics = step(held[0], arrays, data, index)
+        held[0], metrics, _ = step(held[0], arrays, data, index)
         return metrics
 
     metrics = run()

@@ -111,7 +111,7 @@ def stepper(settings: shared.Settings, dataset: Dataset, method: shared.Method, 
     index = jnp.asarray(epoch_order(recipe.num_examples, recipe.batch_size, 0, 0)[:1])
 
     def run():
-        held[0], metrics = step(held[0], arrays, data, index)
+        held[0], metrics, _ = step(held[0], arrays, data, index)
         return metrics["loss"]
 
     return run

@@ -89,11 +89,15 @@ def first_flags(argv: Sequence[str], settings: type, epilogue: str) -> Any:
         chosen.pop("smoke", None), chosen.pop("paper", None)
         unknown = sorted(set(chosen) - fields)
         if unknown:
-            raise ValueError(f"config {names[-1]} needs this script's flags only, got {unknown[0]!r}. {nearest(unknown[0], fields)}")
+            raise ValueError(
+                f"config {names[-1]} needs this script's flags only, got {unknown[0]!r}. {nearest(unknown[0], fields)}"
+            )
         defaults = chosen
     elif smoke:
         raise ValueError("--smoke needs a config, got none. Write --config small_longtail --smoke.")
-    return tyro.cli(settings, args=argv, default=settings(**defaults), description=epilogue, config=(tyro.conf.OmitArgPrefixes,))
+    return tyro.cli(
+        settings, args=argv, default=settings(**defaults), description=epilogue, config=(tyro.conf.OmitArgPrefixes,)
+    )
 
 
 def value_of(argv: list[str], flag: str, *, remove: bool = False) -> list[str]:
@@ -217,7 +221,9 @@ def record(histories: Sequence[History], datasets: Sequence[Dataset]) -> dict:
     runs = [evaluate(h.logits, d.test_labels, d.class_counts) for h, d in zip(histories, datasets, strict=True)]
     over = lambda key: None if runs[0][key] is None else summary([run[key] for run in runs])
     variations = [
-        relative_loss_variation(*h.losses, d.num_classes) for h, d in zip(histories, datasets, strict=True) if h.losses is not None
+        relative_loss_variation(*h.losses, d.num_classes)
+        for h, d in zip(histories, datasets, strict=True)
+        if h.losses is not None
     ]
     return {
         "accuracy": over("accuracy"),
@@ -297,7 +303,9 @@ def prepare_out(out: str | None, script: str, settings: Settings) -> pathlib.Pat
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"--out needs a folder that can be written, got {str(folder)!r} ({error.strerror}). Name another one.") from error
+        raise ValueError(
+            f"--out needs a folder that can be written, got {str(folder)!r} ({error.strerror}). Name another one."
+        ) from error
     return folder
 
 

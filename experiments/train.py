@@ -33,7 +33,9 @@ def main(argv: list[str]) -> None:
     settings = shared.first_flags(argv, TrainSettings, __doc__)
     methods = shared.parse_methods(settings.method, settings.plugin)
     if len(methods) != 1:
-        raise ValueError(f"--method needs one method, got {len(methods)}. Chain with +, or use compare.py --methods for several.")
+        raise ValueError(
+            f"--method needs one method, got {len(methods)}. Chain with +, or use compare.py --methods for several."
+        )
     if settings.seed < 0:
         raise ValueError(f"--seed needs a number of at least 0, got {settings.seed}.")
     out = shared.prepare_out(settings.out, "train", settings)

@@ -206,11 +206,12 @@ class Objective:
         inputs, labels = jnp.asarray(data.inputs), jnp.asarray(data.labels)
         count, num_classes = labels.shape[0], self.context.num_classes
         dtype = at_least_float32(inputs.dtype)
+        targets = jax.nn.one_hot(labels, num_classes, dtype=dtype) if data.targets is None else data.targets
         weight = lambda given: jnp.ones([count], dtype) if given is None else jnp.asarray(given, dtype)
         flow = Flow(
             value=inputs,
             labels=labels,
-            targets=jax.nn.one_hot(labels, num_classes, dtype=dtype) if data.targets is None else jnp.asarray(data.targets, dtype),
+            targets=jnp.asarray(targets, dtype),
             weights=weight(data.weights) * weight(weights),
             index=jnp.arange(count, dtype=jnp.int32) if data.index is None else data.index,
             side=data.side,
@@ -454,4 +455,3 @@ def _named(made: Any, name: str) -> Any:
     if type(made) is tuple:
         return tuple(_named(link, name) for link in made)
     return made
-

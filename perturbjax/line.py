@@ -50,12 +50,7 @@ class Line:
         return sum(self.sites.index(s) <= self.sites.index(name) for s in stages)
 
 
-def line(
-    model: Any,
-    *,
-    stateful: bool = False,
-    head: Callable[[Variables], tuple[jax.Array, jax.Array]] | None = None,
-) -> Line:
+def line(model: Any, *, stateful: bool = False, head: Callable[[Variables], tuple[jax.Array, jax.Array]] | None = None) -> Line:
     """Turns a model into a `Line`.
 
     Args:

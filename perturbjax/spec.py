@@ -103,9 +103,7 @@ class _Parser:
             chain = self.chain()
             found.append((self.text[start : self.tokens[self.at].start].rstrip(), chain))
         if self.tokens[self.at].kind != "end":
-            self.fail(
-                "',' or '+' after an entry", "Write a comma between entries, + inside a chain, name(...) for settings"
-            )
+            self.fail("',' or '+' after an entry", "Write a comma between entries, + inside a chain, name(...) for settings")
         return found
 
     def chain(self) -> tuple[Call, ...]:
@@ -367,9 +365,7 @@ def _resolve_call(call: Call, table: Registry, helpers: Registry) -> Call:
     name = call.name
     if name not in table:
         known = _join(table, "or")
-        raise ValueError(
-            f"a spec needs a known name ({known}), got {name}. Write {_nearest(name, table) or 'one of these'}."
-        )
+        raise ValueError(f"a spec needs a known name ({known}), got {name}. Write {_nearest(name, table) or 'one of these'}.")
     parameters = _parameters(table[name])
     if surplus := call.args[len(parameters) :]:
         most = f"{len(parameters)} setting{'s' * (len(parameters) != 1)} ({_join(parameters, 'and')})"
@@ -512,9 +508,7 @@ def _is_plain(value: Any) -> bool:
     return type(value) in PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
 
 
-def build(
-    structure: Sequence[Call], numbers: Any, registry: Registry, helpers: Registry | None = None
-) -> tuple[Any, ...]:
+def build(structure: Sequence[Call], numbers: Any, registry: Registry, helpers: Registry | None = None) -> tuple[Any, ...]:
     """What the factories return for a structure and its numbers, a tuple or a vector, which may be traced.
 
     >>> def sam(*, radius: float = 0.05): return f"sam with radius {radius}"

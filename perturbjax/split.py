@@ -162,7 +162,9 @@ def by_variance(*, tau: ArrayLike | str = "mean", update: Update = "epoch", deca
     check_number("by_variance", low=0, high=1, decay=decay)
 
     def init(context: Context) -> VarianceState:
-        return VarianceState(running_mean_init(context.num_classes, (context.num_classes,)), running_mean_init(context.num_classes))
+        return VarianceState(
+            running_mean_init(context.num_classes, (context.num_classes,)), running_mean_init(context.num_classes)
+        )
 
     def advance(state: VarianceState, clean: Clean, context: Context) -> VarianceState:
         p = jax.nn.softmax(wide(clean.logits), axis=-1)
@@ -217,7 +219,12 @@ def by_loss_top(losses: jax.Array, *, share: ArrayLike) -> jax.Array:
     return jnp.where(rank < number, -1.0, 1.0)
 
 
-SPLITS: dict[str, Callable[..., Split]] = {"accuracy": by_accuracy, "frequency": by_frequency, "variance": by_variance, "all": all_classes}
+SPLITS: dict[str, Callable[..., Split]] = {
+    "accuracy": by_accuracy,
+    "frequency": by_frequency,
+    "variance": by_variance,
+    "all": all_classes,
+}
 
 
 def as_split(function: str, split: Split | str, *, tau: Any = None, direction: Any = None, **defaults: Any) -> Split:

@@ -128,7 +128,9 @@ def _print_text(rows: list[dict]) -> None:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m perturbjax.taxonomy", description="The taxonomy table of the methods here.")
+    parser = argparse.ArgumentParser(
+        prog="python -m perturbjax.taxonomy", description="The taxonomy table of the methods here."
+    )
     parser.add_argument("--format", choices=("text", "markdown", "json"), default="text")
     parser.add_argument("--plugin", action="append", default=[], help="a Python file with methods of your own")
     chosen = parser.parse_args()

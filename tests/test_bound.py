@@ -18,7 +18,11 @@ COUNTS = np.array([10, 50, 20, 30, 40])
 RANK = np.array([5, 1, 4, 3, 2])
 Q = np.array([0.2, 0.9, 0.5, 0.6, 0.0], np.float32)  # class 4 has not been seen
 SEEN = np.array([1, 1, 1, 1, 0], bool)
-CONTEXT = pj.Context(num_classes=C, class_counts=jnp.asarray(COUNTS), level=pj.line(ResNet(depth=8, num_classes=C, mean=(0.5,), std=(1.0,))).level)
+CONTEXT = pj.Context(
+    num_classes=C,
+    class_counts=jnp.asarray(COUNTS),
+    level=pj.line(ResNet(depth=8, num_classes=C, mean=(0.5,), std=(1.0,))).level,
+)
 ACCURACY = running_mean_init(C)._replace(mean=jnp.asarray(Q), seen=jnp.asarray(SEEN))
 
 
@@ -92,7 +96,10 @@ def test_varied_by_frequency_of_the_prior():
     head = np.array([0, 1, 0, 0, 1], bool)
     expected = 0.2 + 0.4 * np.where(head, COUNTS / 50, 10 / COUNTS)
     close(eps(pj.varied_by_frequency(eps=0.2, delta_eps=0.4), pj.by_frequency(tau=0.4)), expected)
-    close(eps(pj.varied_by_frequency(), pj.by_frequency(tau=0.4), default=0.5), 0.5 + 0.5 * np.where(head, COUNTS / 50, 10 / COUNTS))
+    close(
+        eps(pj.varied_by_frequency(), pj.by_frequency(tau=0.4), default=0.5),
+        0.5 + 0.5 * np.where(head, COUNTS / 50, 10 / COUNTS),
+    )
 
 
 def test_varied_by_frequency_of_the_accuracy():
@@ -154,7 +161,9 @@ def test_largest():
     traced(1.0)
 
 
-@given(st.lists(st.integers(0, 9), min_size=C, max_size=C), st.lists(st.integers(1, 9), min_size=C, max_size=C), st.integers(0, 3))
+@given(
+    st.lists(st.integers(0, 9), min_size=C, max_size=C), st.lists(st.integers(1, 9), min_size=C, max_size=C), st.integers(0, 3)
+)
 @settings(max_examples=30)
 def test_no_bound_exceeds_the_largest(q, counts, tau):
     context = CONTEXT._replace(class_counts=jnp.asarray(counts))

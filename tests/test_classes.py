@@ -107,7 +107,12 @@ def test_running_mean_over_epochs():
         [([0.0, 0.0, 0.0], [3, 3, 3])],
         [([0.0, 0.0, 0.0], [0, 0, 0])],
     ]
-    in_use = [([0, 0, 0, 0], [0, 0, 0, 0]), ([2, 14 / 3, 0, 0], [1, 1, 0, 0]), ([5, 14 / 3, 2.5, 0], [1, 1, 1, 0]), ([5, 14 / 3, 2.5, 0], [1, 1, 1, 1])]
+    in_use = [
+        ([0, 0, 0, 0], [0, 0, 0, 0]),
+        ([2, 14 / 3, 0, 0], [1, 1, 0, 0]),
+        ([5, 14 / 3, 2.5, 0], [1, 1, 1, 0]),
+        ([5, 14 / 3, 2.5, 0], [1, 1, 1, 1]),
+    ]
     for number, (batches, (mean, seen)) in enumerate(zip(epochs, in_use, strict=True)):
         for values, labels in batches:
             state = update(state, np.array(values, np.float32), np.array(labels, np.int32), number)
@@ -117,7 +122,9 @@ def test_running_mean_over_epochs():
 
 def test_epochs_may_start_anywhere_and_leave_gaps():
     state = running_mean_init(C)
-    update = lambda state, value, epoch: running_mean_update(state, jnp.full([2], value), jnp.array([0, 1]), update="epoch", epoch=epoch)
+    update = lambda state, value, epoch: running_mean_update(
+        state, jnp.full([2], value), jnp.array([0, 1]), update="epoch", epoch=epoch
+    )
     state = update(state, 3.0, 7)
     assert not state.seen.any()
     state = update(update(state, 5.0, 7), 9.0, 9)

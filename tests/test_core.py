@@ -163,7 +163,9 @@ def test_a_link_at_the_prediction_changes_what_the_losses_are_made_of():
 
 def test_rest_holds_later_links_that_compute_and_none_that_search():
     found, none = [], []
-    wrong = pj.Perturbation("stage2", lambda c: (), lambda flow, rest, s, c: (flow._replace(value=flow.value + 9), s, {}), search=True)
+    wrong = pj.Perturbation(
+        "stage2", lambda c: (), lambda flow, rest, s, c: (flow._replace(value=flow.value + 9), s, {}), search=True
+    )
     links = (
         shift("stage1", 0.3), searching("stage1", found), scale("stage1", 0.5), wrong, scale("logits", 2.0),
         searching("logits", none), scale("loss", 10.0),
@@ -190,7 +192,9 @@ def test_rest_flow_has_the_end_of_the_pass():
         ends.append(rest.flow(flow.value + 1))
         return flow, state, {}
 
-    links = pj.chain(pj.Perturbation("stage2", lambda c: (), apply, search=True), scale("logits", 2.0), pj.label_smoothing(weight=0.3))
+    links = pj.chain(
+        pj.Perturbation("stage2", lambda c: (), apply, search=True), scale("logits", 2.0), pj.label_smoothing(weight=0.3)
+    )
     run(links, data=batch(weights=WEIGHTS))
     [(losses, end)] = ends
     logits = 2 * numpy_logits(np.tanh(np.tanh(INPUTS @ np.asarray(PARAMS["a"])) @ np.asarray(PARAMS["b"])) + 1, at="stage2")
@@ -228,7 +232,9 @@ def test_methods_that_search_cost_what_they_say():
 
 def test_no_link_no_extra_pass():
     ran = []
-    made = pj.objective(counting(ran), pj.chain(pj.mixup(), pj.logit_adjustment(), pj.lpg()), num_classes=C, class_counts=np.ones(C))
+    made = pj.objective(
+        counting(ran), pj.chain(pj.mixup(), pj.logit_adjustment(), pj.lpg()), num_classes=C, class_counts=np.ones(C)
+    )
     states = made.init(PARAMS, INPUTS)
     del ran[:]
     jax.make_jaxpr(lambda w: made(w, states, batch()))(PARAMS)
@@ -254,7 +260,9 @@ def test_states_and_metrics_come_from_the_outer_pass_alone():
 
 
 def test_metrics_carry_the_method_s_name_and_inner_evaluations_add_up():
-    links = pj.chain(pj.adversarial_training(num_steps=2), pj.adversarial_training(num_steps=3, site="stage1"), pj.lpg(direction=1.0))
+    links = pj.chain(
+        pj.adversarial_training(num_steps=2), pj.adversarial_training(num_steps=3, site="stage1"), pj.lpg(direction=1.0)
+    )
     metrics = quick(lambda: run(links)[1].metrics)()
     assert int(metrics["adversarial_training/inner_evaluations"]) == 5
     assert int(metrics["lpg/raised"]) == C
@@ -280,7 +288,9 @@ STATS = {name: {"runs": jnp.int32(0), "mean": jnp.zeros([n])} for name, n in dic
 
 
 def test_batch_norm_statistics_come_from_the_outer_pass_once():
-    links = pj.chain(searching("input", [], times=2), shift("input", 0.5), searching("stage1", []), scale("logits", 2.0), pj.lpg())
+    links = pj.chain(
+        searching("input", [], times=2), shift("input", 0.5), searching("stage1", []), scale("logits", 2.0), pj.lpg()
+    )
     _, out = run(links, model=stateful(), stats=STATS)
     assert {name: int(s["runs"]) for name, s in out.stats.items()} == dict(stage1=1, stage2=1, logits=1)
     close(out.stats["stage1"]["mean"], np.tanh((INPUTS + 0.5) @ np.asarray(PARAMS["a"])).mean(0))
@@ -394,7 +404,9 @@ def test_the_logit_gradient_is_taken_per_example_after_the_loss_links(tail):
 
 def test_a_search_in_the_tail_takes_part_in_the_logit_gradient():
     found = []
-    search = pj.Perturbation("loss", lambda c: (), lambda flow, rest, s, c: (flow._replace(value=3 * rest(flow.value)), s, {}), search=True)
+    search = pj.Perturbation(
+        "loss", lambda c: (), lambda flow, rest, s, c: (flow._replace(value=3 * rest(flow.value)), s, {}), search=True
+    )
     run(pj.chain(search, note_logit_gradient(found)))
     close(found[0], 3 * numpy_slopes(numpy_losses, numpy_logits()), atol=1e-5)
 
@@ -407,7 +419,10 @@ def test_a_perturbed_logit_gradient_keeps_the_loss_and_reaches_the_network_with_
     before, after = pj.chain(penalty, TAILS[tail][0]), pj.chain(penalty, TAILS[tail][0], note_logit_gradient([], delta))
     options = dict(data=batch(weights=WEIGHTS))
     equal(run(after, **options)[0], run(before, **options)[0])
-    equal(quick(lambda w: run(after, params=w, **options)[0])(PARAMS), quick(lambda w: run(before, params=w, **options)[0])(PARAMS))
+    equal(
+        quick(lambda w: run(after, params=w, **options)[0])(PARAMS),
+        quick(lambda w: run(before, params=w, **options)[0])(PARAMS),
+    )
     logits_of = lambda w: MODEL.slice(w, INPUTS, "input", "logits", stats=None, train=True, key=None)[0]
     [added] = jax.vjp(logits_of, PARAMS)[1](jnp.asarray(WEIGHTS)[:, None] * delta / B)
     plain = gradient(before, **options)
@@ -507,7 +522,12 @@ def test_a_link_may_change_the_number_of_samples(site):
     assert out.losses.shape == (2 * B,) and out.logits.shape == (2 * B, C) and seen[0].shape == (2 * B,)
     np.testing.assert_allclose(loss, out.losses.mean(), rtol=1e-6)  # B of the final flow
     if site == "input":
-        both = pj.batch(np.concatenate([INPUTS, INPUTS + 0.1]), np.tile(LABELS, 2), weights=np.tile(WEIGHTS, 2), side={"domain": jnp.arange(2 * B)})
+        both = pj.batch(
+            np.concatenate([INPUTS, INPUTS + 0.1]),
+            np.tile(LABELS, 2),
+            weights=np.tile(WEIGHTS, 2),
+            side={"domain": jnp.arange(2 * B)},
+        )
         expected, other = quick(lambda: run(pj.chain(tail, note), data=both))()
         close((loss, out.losses), (expected, other.losses))
 
@@ -563,7 +583,9 @@ def test_methods_combine(links):
 def test_lpl_after_logit_adjustment_searches_on_the_adjusted_logits():
     """u + log π + δ, with δ one raw step from u + log π."""
     counts = np.array([30, 20, 10])
-    _, out = run(pj.chain(pj.logit_adjustment(), pj.lpl(bound=0.1, step_size=0.1, direction=1.0)), settings=dict(class_counts=counts))
+    _, out = run(
+        pj.chain(pj.logit_adjustment(), pj.lpl(bound=0.1, step_size=0.1, direction=1.0)), settings=dict(class_counts=counts)
+    )
     adjusted = numpy_logits() + np.log(counts / 60)
     residual = numpy_softmax(adjusted) - np.eye(C)[LABELS]
     delta = np.stack([0.1 * residual[LABELS == c].mean(0) for c in range(C)])
@@ -571,7 +593,9 @@ def test_lpl_after_logit_adjustment_searches_on_the_adjusted_logits():
 
 
 def test_adversarial_training_after_mixup_searches_on_the_mixed_pair():
-    loss, out = run(pj.chain(pj.mixup(), pj.adversarial_training(num_steps=3, bound=0.1, step_size=0.05)), key=jax.random.key(3))
+    loss, out = run(
+        pj.chain(pj.mixup(), pj.adversarial_training(num_steps=3, bound=0.1, step_size=0.05)), key=jax.random.key(3)
+    )
     weight, partner = pj.draw_mixing(jax.random.fold_in(jax.random.key(3), 0), B, alpha=1.0)
     mixed = pj.batch(pj.mix(INPUTS, weight, partner), LABELS, targets=pj.mix(jnp.eye(C)[LABELS], weight, partner))
     plain = run(data=mixed)[1].losses
@@ -599,7 +623,7 @@ def test_float64_in_is_float64_out(monkeypatch):
 
 
 def test_bfloat16_logits_become_float32_and_integer_inputs_pass():
-    narrow = pj.line(lambda w, x: (x.astype(jnp.bfloat16) @ jnp.ones([D, C], jnp.bfloat16)))
+    narrow = pj.line(lambda w, x: x.astype(jnp.bfloat16) @ jnp.ones([D, C], jnp.bfloat16))
     data = pj.batch(np.arange(B * D, dtype=np.uint8).reshape(B, D), LABELS)
     loss, out = run(pj.chain(pj.label_smoothing(), pj.lpl()), data=data, model=narrow, params={})
     assert out.logits.dtype == out.losses.dtype == loss.dtype == jnp.float32
@@ -622,7 +646,13 @@ def test_links_know_where_training_stands():
     made = pj.line(PIECES, head=lambda w: (w["c"].T, jnp.zeros(C)))
     settings = dict(class_counts=np.arange(1, 4), num_examples=99, num_domains=2)
     run(
-        pj.Perturbation("last_stage", init, apply), model=made, settings=settings, step=5, progress=0.25, epoch=2, validation="clean"
+        pj.Perturbation("last_stage", init, apply),
+        model=made,
+        settings=settings,
+        step=5,
+        progress=0.25,
+        epoch=2,
+        validation="clean",
     )
     for context in seen.values():
         assert (context.num_classes, context.num_examples, context.num_domains, context.batch_size) == (C, 99, 2, B)

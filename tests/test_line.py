@@ -30,7 +30,9 @@ def test_a_mapping_is_cut_at_its_names():
     features, none = made.slice(W, X, "input", "features", stats=None, train=True, key=None)
     np.testing.assert_allclose(features, np.tanh(X @ W["a"]), rtol=1e-5)
     assert none is None
-    np.testing.assert_array_equal(made.slice(W, features, "features", "logits", stats=None, train=True, key=None)[0], whole(made)[0])
+    np.testing.assert_array_equal(
+        made.slice(W, features, "features", "logits", stats=None, train=True, key=None)[0], whole(made)[0]
+    )
     np.testing.assert_array_equal(made.slice(W, X, "input", "input", stats=None, train=True, key=None)[0], X)
     np.testing.assert_allclose(features @ made.head(W)[0].T + made.head(W)[1][None], whole(made)[0], rtol=1e-5)
 
@@ -106,7 +108,7 @@ def test_a_model_of_the_package_is_a_line():
 
 
 def cut(*names):
-    return pj.line({name: TWO["logits"] for name in names})
+    return pj.line(dict.fromkeys(names, TWO["logits"]))
 
 
 def test_levels_are_the_numbers_of_the_stages():

@@ -98,7 +98,9 @@ def test_obeys_the_definition_of_a_projection(norm, problem):
     assert (sizes(ours, norm) <= radius + 1e-12).all()
     np.testing.assert_allclose(again, ours, rtol=1e-12, atol=1e-12)
     gap = delta - ours
-    furthest = {"l1": np.abs(gap).max(1), "l2": np.sqrt((gap**2).sum(1)), "linf": np.abs(gap).sum(1)}[norm]  # max ⟨gap, ball of 1⟩
+    furthest = {"l1": np.abs(gap).max(1), "l2": np.sqrt((gap**2).sum(1)), "linf": np.abs(gap).sum(1)}[
+        norm
+    ]  # max ⟨gap, ball of 1⟩
     finite = np.isfinite(radius)
     assert (np.where(finite, radius, 0) * furthest <= (gap * ours).sum(1) + 1e-12)[finite].all()
     np.testing.assert_array_equal(ours[~finite], delta[~finite])

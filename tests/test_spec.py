@@ -124,9 +124,7 @@ def numbers(text):
 
 
 def test_a_list_keeps_what_was_typed():
-    text = (
-        "ce, la,lpl( bound = varied ) ,\n lpl(bound=varied(0.5, delta_eps=1.0), split=by_accuracy(tau=0.4)), la + lpl"
-    )
+    text = "ce, la,lpl( bound = varied ) ,\n lpl(bound=varied(0.5, delta_eps=1.0), split=by_accuracy(tau=0.4)), la + lpl"
     typed = ["ce", "la", "lpl( bound = varied )", "lpl(bound=varied(0.5, delta_eps=1.0), split=by_accuracy(tau=0.4))"]
     assert [t for t, _ in parse_list(text)] == [*typed, "la + lpl"]
     assert [chain for _, chain in parse_list(text)] == [parse_chain(t) for t in [*typed, "la+lpl"]]
@@ -264,9 +262,7 @@ def test_positions_fill_settings_in_declaration_order():
 
 
 def test_a_bare_helper_is_called_where_words_are_not_settings():
-    resolved = resolve(
-        parse_chain("lpl(bound=varied, site=varied, split=by_accuracy, rates=[untyped])"), METHODS, HELPERS
-    )
+    resolved = resolve(parse_chain("lpl(bound=varied, site=varied, split=by_accuracy, rates=[untyped])"), METHODS, HELPERS)
     assert canonical(resolved) == "lpl(bound=varied(), split=by_accuracy(), site=varied, rates=[untyped()])"
     assert made("lpl(bound=varied)") == (lpl(bound=varied()),)
     assert parse_chain("lpl") == parse_chain("lpl()")
@@ -295,19 +291,13 @@ def test_a_bare_helper_is_called_where_words_are_not_settings():
         ("lpl(step_size=true)", "lpl needs step_size to be a number, a list of numbers or untyped(...), got true."),
         ("lpl(step_size=varied)", "got varied. Write lpl(step_size=0.1)."),
         ("lpl(step_size=[0.1, a])", "lpl needs step_size to be a number, a list of numbers or untyped(...), got a."),
-        (
-            "lpl(step_size=cosine(1))",
-            "lpl needs step_size to be a number, a list of numbers or untyped(...), got cosine(1).",
-        ),
+        ("lpl(step_size=cosine(1))", "lpl needs step_size to be a number, a list of numbers or untyped(...), got cosine(1)."),
         (
             "lpl(bound=vareid(2))",
             "lpl needs bound to be a number, a list of numbers, varied(...), cosine(...) or untyped(...), got vareid(2). "
             "Write lpl(bound=varied(2)).",
         ),
-        (
-            "lpl(split=by_acuracy)",
-            "needs split to be mean, frequency, by_accuracy(...) or untyped(...), got by_acuracy. Write",
-        ),
+        ("lpl(split=by_acuracy)", "needs split to be mean, frequency, by_accuracy(...) or untyped(...), got by_acuracy. Write"),
         ("lpl(split=by_acuracy)", "Write lpl(split=by_accuracy)."),
         ("lpl(split=varied)", "got varied. Write lpl(split=mean)."),
         (
@@ -319,10 +309,7 @@ def test_a_bare_helper_is_called_where_words_are_not_settings():
             "varied needs eps to be a number, a list of numbers or untyped(...), got one. Write varied(eps=1.0)",
         ),
         ("lpl(layers=features)", "lpl needs layers to be none or a list, got features. Write lpl(layers=[features])."),
-        (
-            "lpl(pair=[1, 2, 3])",
-            "lpl needs pair to be a list or untyped(...), got [1, 2, 3]. Write lpl(pair=[1, 2.0]).",
-        ),
+        ("lpl(pair=[1, 2, 3])", "lpl needs pair to be a list or untyped(...), got [1, 2, 3]. Write lpl(pair=[1, 2.0])."),
         ("lpl(num_steps=varied)", "lpl needs num_steps to be a whole number, got varied. Write lpl(num_steps=3)."),
         ("lpg(steps=1.5)", "lpg needs steps to be a whole number, got 1.5. Write lpg(steps=2)."),
         ("sam(norm=inf)", "sam needs norm to be a whole number, got inf. Write sam(norm=2)."),
@@ -335,9 +322,7 @@ def test_errors_name_the_method_the_setting_and_what_to_write(text, message):
 
 
 def test_errors_of_views():
-    with pytest.raises(
-        ValueError, match=r"noise needs kind to be symmetric, pair or \"human noise\", got symetric\. Write "
-    ):
+    with pytest.raises(ValueError, match=r"noise needs kind to be symmetric, pair or \"human noise\", got symetric\. Write "):
         made("noise(symetric, 0.2)", VIEWS)
     with pytest.raises(
         ValueError, match=r"longtail needs ratio to be a number, got longtail\(\)\. Write longtail\(ratio=\.\.\.\)"

@@ -121,7 +121,9 @@ def test_padding_belongs_to_no_class(split, label):
     logits, labels = draw()
     padded = np.concatenate([logits, logits[:2]]), np.concatenate([labels, [label, label]])
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), after(split, padded), after(split, (logits, labels))
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        after(split, padded),
+        after(split, (logits, labels)),
     )
 
 
@@ -187,7 +189,9 @@ def test_the_scales_of_a_frequency():
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("settings", [dict(tau=0.5), dict(tau=0.4), dict(rule="count"), dict(rule="count", tau=40), dict(rule="count", tau=1e6)])
+@pytest.mark.parametrize(
+    "settings", [dict(tau=0.5), dict(tau=0.4), dict(rule="count"), dict(rule="count", tau=40), dict(rule="count", tau=1e6)]
+)
 @pytest.mark.parametrize("counts", [[3, 70, 20, 500, 41, 8, 100], [9, 5, 2], [5, 5, 5, 5]])
 def test_statistic_and_threshold_agree_with_the_direction(counts, settings, scale):
     """Head classes lie on the threshold's head side, tail classes beyond it; both in [0, 1]."""
@@ -204,7 +208,9 @@ def test_statistic_and_threshold_agree_with_the_direction(counts, settings, scal
 
 def spread(logits, labels):
     h = softmax(logits) - np.eye(C)[labels]
-    return np.array([((h[labels == c] - h[labels == c].mean(0)) ** 2).sum(1).mean() if (labels == c).any() else np.nan for c in range(C)])
+    return np.array(
+        [((h[labels == c] - h[labels == c].mean(0)) ** 2).sum(1).mean() if (labels == c).any() else np.nan for c in range(C)]
+    )
 
 
 @pytest.mark.parametrize("tau", ["mean", "median", 0.2])
@@ -226,7 +232,9 @@ def test_by_variance_over_steps():
     first, second = draw(0), draw(1)
     split = pj.by_variance(update="step", decay=0.6)
     h = [softmax(u) - np.eye(C)[y] for u, y in (first, second)]
-    moment = lambda f: sum(w * np.array([f(x)[y == c].mean(0) for c in range(3)]) for w, x, (_, y) in zip((0.6, 0.4), h, (first, second)))
+    moment = lambda f: sum(
+        w * np.array([f(x)[y == c].mean(0) for c in range(3)]) for w, x, (_, y) in zip((0.6, 0.4), h, (first, second))
+    )
     variance = moment(lambda x: (x**2).sum(1)) - (moment(lambda x: x) ** 2).sum(1)
     s, _ = split.statistic(after(split, first, second), context(), "rank")
     np.testing.assert_allclose(s[:3], variance / variance.max(), rtol=1e-4)
@@ -275,7 +283,10 @@ def test_as_split_takes_names_their_defaults_and_directions():
 @pytest.mark.parametrize(
     "settings, expected",
     [
-        (dict(split="acuracy"), "lpl needs split .* got 'acuracy'. Did you mean 'accuracy'. There are: accuracy, all, frequency"),
+        (
+            dict(split="acuracy"),
+            "lpl needs split .* got 'acuracy'. Did you mean 'accuracy'. There are: accuracy, all, frequency",
+        ),
         (dict(split=pj.by_accuracy), r"got the function by_accuracy. Call it: split=by_accuracy\(\)"),
         (dict(split=3), "got 3. There are"),
         (dict(split=pj.by_accuracy(), tau=0.2), r"Write split=by_accuracy\(tau=0.2\)"),

@@ -23,6 +23,13 @@ def config():
         methods="ce, ls, bootstrap, bootstrap(hard), mixup, lpg(split=variance), sam",
         seeds=3,
         smoke=dict(
-            data="digits", view="noise(symmetric, 0.2)", model="mlp", epochs=2, batch_size=32, augment=False, seeds=2, cost_rounds=2
+            data="digits",
+            view="noise(symmetric, 0.2)",
+            model="mlp",
+            epochs=2,
+            batch_size=32,
+            augment=False,
+            seeds=2,
+            cost_rounds=2,
         ),
     )

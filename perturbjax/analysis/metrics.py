@@ -46,9 +46,7 @@ def per_class_accuracy(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
     return _class_means(_hits(u, y, 1), y, u.shape[1])
 
 
-def expected_calibration_error(
-    logits: ArrayLike, labels: ArrayLike, *, bins: int = 15, probabilities: bool = False
-) -> float:
+def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, *, bins: int = 15, probabilities: bool = False) -> float:
     """How far confidence (the largest probability) and accuracy lie apart, in 0..1; 0 is calibrated.
 
     Args:
@@ -99,8 +97,7 @@ def groups_by_frequency(class_counts: ArrayLike) -> Groups | None:
     counts = np.asarray(class_counts)
     if counts.ndim != 1 or counts.size == 0:
         raise ValueError(
-            f"groups_by_frequency needs class_counts [C], got shape {counts.shape}. "
-            "Write np.bincount(labels, minlength=C)."
+            f"groups_by_frequency needs class_counts [C], got shape {counts.shape}. Write np.bincount(labels, minlength=C)."
         )
     if np.all(counts == counts[0]):
         return None
@@ -114,11 +111,7 @@ def group_accuracy(logits: ArrayLike, labels: ArrayLike, groups: Groups | None) 
     Classes without test samples are left out, a group without any is nan; groups=None (balanced) gives three None.
     """
     per_class = per_class_accuracy(logits, labels)
-    return (
-        dict.fromkeys(Groups._fields)
-        if groups is None
-        else {k: _mean(per_class[v]) for k, v in groups._asdict().items()}
-    )
+    return dict.fromkeys(Groups._fields) if groups is None else {k: _mean(per_class[v]) for k, v in groups._asdict().items()}
 
 
 def relative_loss_variation(
@@ -203,9 +196,7 @@ def _hits(u, y, k):
 
 def _class_means(values, labels, num_classes):
     count = np.bincount(labels, minlength=num_classes)
-    return np.where(
-        count > 0, np.bincount(labels, weights=values, minlength=num_classes) / np.maximum(count, 1), np.nan
-    )
+    return np.where(count > 0, np.bincount(labels, weights=values, minlength=num_classes) / np.maximum(count, 1), np.nan)
 
 
 def _mean(values):

@@ -86,9 +86,7 @@ def accuracy_plot(results: dict, width: float) -> str:
         ax.plot(mean, at, marker, color=color, ms=6.5, mec="white", mew=0.5, zorder=5)
         if above:
             box = dict(facecolor="white", edgecolor="none", pad=0.8)  # over the reference's line
-            ax.text(
-                0, at - 0.38, shorten(name, int(width * 14)), transform=ax.get_yaxis_transform(), va="center", bbox=box
-            )
+            ax.text(0, at - 0.38, shorten(name, int(width * 14)), transform=ax.get_yaxis_transform(), va="center", bbox=box)
     if names[0] in scored:
         ax.axvline(100 * scored[names[0]]["mean"], color=COLORS[0], lw=0.8, ls=(0, (4, 3)), zorder=0)
     ax.set(ylim=(len(scored) - 0.45, -0.75 if above else -0.5), xlabel="test accuracy at the last epoch (%)")
@@ -221,9 +219,7 @@ def _panels(results, curves, width, height, reference=True, **margins):
         return [(ax, list(curves))], fig
     titles, rows = [shorten(name, int(width / columns * 12) - 4, 2) for name in others], -(-len(others) // columns)
     above = 0.11 + 0.15 * max(title.count("\n") + 1 for title in titles)
-    fig, grid = _figure(
-        width, rows * (1.35 + above) + margins.get("bottom", BOTTOM), rows, columns, above=above, **margins
-    )
+    fig, grid = _figure(width, rows * (1.35 + above) + margins.get("bottom", BOTTOM), rows, columns, above=above, **margins)
     for i, ax in enumerate(grid):
         ax.set_visible(i < len(others))
         ax.tick_params(labelbottom=i + columns >= len(others))
@@ -236,10 +232,7 @@ def _figure(width, height, rows=1, columns=1, *, left=0.6, bottom=BOTTOM, above=
     """A figure and its axes [rows · columns], margins in inches. (An automatic layout takes three times as long.)"""
     fig, gap = Figure(figsize=(width, height)), 0.14
     axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    size = (
-        (width - left - 0.15 - gap * (columns - 1)) / columns,
-        (height - bottom - above * rows - 0.1 * (rows - 1)) / rows,
-    )
+    size = ((width - left - 0.15 - gap * (columns - 1)) / columns, (height - bottom - above * rows - 0.1 * (rows - 1)) / rows)
     edges = dict(left=left / width, right=1 - 0.15 / width, bottom=bottom / height, top=1 - above / height)
     fig.subplots_adjust(**edges, wspace=gap / size[0], hspace=(above + 0.1) / size[1])
     return fig, axes
@@ -257,9 +250,7 @@ def _svg(fig, name, label):
     out = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has the letter
-        fig.savefig(
-            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = out.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     unique = lambda tag: re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", tag[0])

@@ -170,9 +170,7 @@ def as_images(what: str, images: np.ndarray) -> np.ndarray:
             "Write images.reshape(-1, H, W, channels) for flat ones."
         )
     if len(images) == 0:
-        raise ValueError(
-            f"check needs {what} with at least one image, got none. Split some off, or give the whole set."
-        )
+        raise ValueError(f"check needs {what} with at least one image, got none. Split some off, or give the whole set.")
     channels_first = images.shape[1] in (1, 3) and images.shape[2] == images.shape[3] > 4
     if channels_first:  # or else 32x32 colour would silently be read as 3x32 in 32 colours
         raise ValueError(

@@ -275,6 +275,4 @@ def _whole(function, name, value, fix):
 
 def _one_of(function, name, value, known):
     if value not in known:
-        raise ValueError(
-            f"{function} needs {name} to be one of {', '.join(known)}, got {value!r}. Write {name}={known[0]!r}."
-        )
+        raise ValueError(f"{function} needs {name} to be one of {', '.join(known)}, got {value!r}. Write {name}={known[0]!r}.")

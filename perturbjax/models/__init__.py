@@ -71,6 +71,4 @@ def create(
     else:
         options |= {"conv": conv, "width": width} if width else {"conv": conv}
     mean, std = (tuple(float(number) for number in numbers) for numbers in (mean, std))
-    return _MODELS[name](
-        num_classes=num_classes, mean=mean, std=std, dtype=dtype, head=head, dropout=dropout, **options
-    )
+    return _MODELS[name](num_classes=num_classes, mean=mean, std=std, dtype=dtype, head=head, dropout=dropout, **options)

@@ -25,9 +25,7 @@ class Ops(NamedTuple):
     def conv(self, name: str, x: jax.Array, features: int, stride: int = 1, size: int = 3) -> jax.Array:
         # The padding is written out: "SAME" would pad (0, 1) at stride 2, half a pixel off the shortcut x[:, ::2, ::2].
         padding = [(size // 2, size // 2)] * 2
-        options = dict(
-            use_bias=False, dtype=self.dtype, kernel_init=self.initializer, conv_general_dilated=self.convolution
-        )
+        options = dict(use_bias=False, dtype=self.dtype, kernel_init=self.initializer, conv_general_dilated=self.convolution)
         return nn.Conv(features, (size, size), (stride, stride), padding, name=name, **options)(x)
 
     def norm(self, name: str, x: jax.Array) -> jax.Array:
@@ -51,8 +49,7 @@ class ConvNet(Net, kw_only=True):
         super().__post_init__()
         if self.conv not in CONVOLUTIONS:
             raise ValueError(
-                f"{type(self).__name__} needs conv among {tuple(CONVOLUTIONS)}, got {self.conv!r}. "
-                'Write conv="canonical".'
+                f'{type(self).__name__} needs conv among {tuple(CONVOLUTIONS)}, got {self.conv!r}. Write conv="canonical".'
             )
 
     def ops(self, train: bool) -> Ops:

@@ -56,9 +56,7 @@ class Net(nn.Module, kw_only=True):
         return ("input", *self.layers(train=False), "logits")
 
     @nn.compact
-    def __call__(
-        self, value: jax.Array, *, train: bool = False, start: str = "input", stop: str = "logits"
-    ) -> jax.Array:
+    def __call__(self, value: jax.Array, *, train: bool = False, start: str = "input", stop: str = "logits") -> jax.Array:
         """The value at site `stop`, given the value at site `start`; only the modules between are touched.
 
         train: BatchNorm takes the batch's statistics and updates `batch_stats`, dropout draws from the rng "dropout". A slice returns

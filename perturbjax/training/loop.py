@@ -15,7 +15,7 @@ from perturbjax.training.step import (
     TrainState,
     as_arrays,
     compiled_logits,
-    compiled_losses,
+    compiled_plain_losses,
     compiled_step,
     device_data,
     init_state,
@@ -90,7 +90,7 @@ def fit(
         order = epoch_order(recipe.num_examples, recipe.batch_size, seed, epoch)
         started, seen = time.perf_counter(), []
         for first in range(0, len(order), steps_per_call):
-            state, found = step(state, numbers_on_device, data, jnp.asarray(order[first : first + steps_per_call]))
+            state, found, _ = step(state, numbers_on_device, data, jnp.asarray(order[first : first + steps_per_call]))
             seen.append(found)
         seen = jax.device_get(seen)
         seconds += time.perf_counter() - started
@@ -135,11 +135,20 @@ def extra_gradients(opt_state: optax.OptState) -> int:
 
 
 def training_losses(recipe: Recipe, state: TrainState, numbers: dict, data, seed: int, *, batches: int = 32):
-    """(plain losses, perturbed losses, labels) of up to `batches` training batches at this state; None for an empty chain."""
+    """(plain losses, perturbed losses, labels) of up to `batches` training batches at this state; None for an empty chain.
+
+    The perturbed ones are what the training step sees: it runs on copies of the state, so there is no further program to compile.
+    """
     if not split_methods(recipe.build(numbers["method"]))[0]:
         return None
-    run, on_device = compiled_losses(recipe), as_arrays(numbers)
-    order = epoch_order(recipe.num_examples, recipe.batch_size, seed, 0)[:batches]
-    found = [run(state, on_device, data, jnp.asarray(rows)) for rows in order]
-    plain, perturbed = (np.concatenate([np.asarray(pair[i]) for pair in found]) for i in (0, 1))
-    return plain, perturbed, np.asarray(data.labels)[np.asarray(order).reshape(-1)]
+    # The plain pass does not depend on the method: one program for all methods of a comparison.
+    plain = compiled_plain_losses(dataclasses.replace(recipe, build=_no_methods))
+    step, on_device = compiled_step(recipe), as_arrays(numbers)
+    order = jnp.asarray(epoch_order(recipe.num_examples, recipe.batch_size, seed, 0)[:batches])
+    clean = [np.asarray(plain(state, data, rows)) for rows in order]
+    perturbed = [np.asarray(step(jax.tree.map(jnp.copy, state), on_device, data, rows[None])[2][0]) for rows in order]
+    return np.concatenate(clean), np.concatenate(perturbed), np.asarray(data.labels)[np.asarray(order).reshape(-1)]
+
+
+def _no_methods(numbers) -> tuple:
+    return ()

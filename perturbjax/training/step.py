@@ -184,7 +184,9 @@ def draw_batch(recipe: Recipe, state: TrainState, data: DeviceData, index: jax.A
     return Batch(pixels(images), data.labels[index], index=index)
 
 
-def evaluate_loss(made: Objective, params: Any, state: TrainState, recipe: Recipe, batch: Batch, key: jax.Array, **options: Any):
+def evaluate_loss(
+    made: Objective, params: Any, state: TrainState, recipe: Recipe, batch: Batch, key: jax.Array, **options: Any
+):
     """The objective at the state's place in training: (loss, Output)."""
     return made(
         params, state.states, batch, key=key, step=state.step, stats=state.stats,
@@ -194,8 +196,8 @@ def evaluate_loss(made: Objective, params: Any, state: TrainState, recipe: Recip
 
 def train_step(
     recipe: Recipe, state: TrainState, numbers: dict, data: DeviceData, index: jax.Array
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser step on the samples `index` [B]: (new state, metrics)."""
+) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
+    """One optimiser step on the samples `index` [B]: (new state, metrics, the perturbed losses [B])."""
     made, tx = build(recipe, numbers, data.class_counts)
     loss_key, update_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step))
     batch = draw_batch(recipe, state, data, index)
@@ -212,25 +214,27 @@ def train_step(
         grads, state.opt_state, state.params, grad_fn=grad_fn, value=value, step=state.step,
         progress=state.step.astype(jnp.float32) / recipe.total_steps, labels=batch.labels, local_grads=grads, key=update_key,
     )  # fmt: skip
-    after = TrainState(
-        optax.apply_updates(state.params, updates), out.stats, opt_state, out.states, state.step + 1, state.key
-    )
-    return after, {"loss": value, **out.metrics}
+    after = TrainState(optax.apply_updates(state.params, updates), out.stats, opt_state, out.states, state.step + 1, state.key)
+    return after, {"loss": value, **out.metrics}, out.losses
 
 
 @functools.cache
 def compiled_step(recipe: Recipe) -> Callable:
-    """The jitted step of a recipe: (state, numbers, data, index [K, B]) -> (state, metrics [K]), K steps in one call.
+    """The jitted step of a recipe: (state, numbers, data, index [K, B]) -> (state, metrics [K], losses [K, B]), K steps in one call.
 
     The state is donated. One step is a plain call; several are a scan, which saves dispatches on accelerators.
     """
 
     def steps(state, numbers, data, index):
-        step = lambda s, i: train_step(recipe, s, numbers, data, i)
+        def step(state, rows):
+            state, metrics, losses = train_step(recipe, state, numbers, data, rows)
+            return state, (metrics, losses)
+
         if index.shape[0] == 1:
-            state, metrics = step(state, index[0])
-            return state, jax.tree.map(lambda x: x[None], metrics)
-        return jax.lax.scan(step, state, index)
+            state, seen = step(state, index[0])
+            return state, *jax.tree.map(lambda x: x[None], seen)
+        state, seen = jax.lax.scan(step, state, index)
+        return state, *seen
 
     return jax.jit(steps, donate_argnums=0)
 
@@ -247,15 +251,11 @@ def compiled_logits(model: Any) -> Callable:
 
 
 @functools.cache
-def compiled_losses(recipe: Recipe) -> Callable:
-    """Jitted (state, numbers, data, index [B]) -> per-sample losses ([B] plain, [B] perturbed), nothing updated."""
+def compiled_plain_losses(recipe: Recipe) -> Callable:
+    """Jitted (state, data, index [B]) -> unperturbed losses [B] of the batch that the next step would train on."""
+    plain = objective(recipe.model, (), num_classes=recipe.num_classes)
 
-    def losses(state, numbers, data, index):
-        made, _ = build(recipe, numbers, data.class_counts)
-        plain = objective(recipe.model, (), num_classes=recipe.num_classes)
-        batch = draw_batch(recipe, state, data, index)
-        key = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step))[0]
-        of = lambda m, s: evaluate_loss(m, state.params, s, recipe, batch, key)[1].losses
-        return of(plain, state._replace(states=())), of(made, state)
+    def losses(state, data, index):
+        return plain(state.params, (), draw_batch(recipe, state, data, index), stats=state.stats)[1].losses
 
     return jax.jit(losses)

@@ -54,9 +54,7 @@ def test_calibration_error_is_that_of_scikit_learns_reliability_diagram(scored):
 
 def test_calibration_error_by_hand():
     sure = np.array([[0.9, 0.1]] * 10)
-    assert pa.expected_calibration_error(sure, [0] * 9 + [1], probabilities=True) == pytest.approx(
-        0
-    )  # right nine times
+    assert pa.expected_calibration_error(sure, [0] * 9 + [1], probabilities=True) == pytest.approx(0)  # right nine times
     assert pa.expected_calibration_error(sure, [0] * 10, probabilities=True) == pytest.approx(0.1)
     assert pa.expected_calibration_error(1e4 * np.eye(2), [1, 0]) == 1.0  # certain and wrong, without overflow
 

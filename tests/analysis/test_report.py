@@ -25,9 +25,7 @@ def invent(names=SEVEN, num_classes=10, seeds=3, epochs=4, ratio=100):
         runs = np.clip(0.5 + 0.02 * i + 0.3 * counts / 500 + rng.normal(0, 0.01, [seeds, num_classes]), 0, 1)
         logits = [np.log(np.stack([p, 1 - p], 1) + 1e-9) for p in runs]
         group = lambda key, runs=runs: (
-            pa.summary([run[getattr(pa.groups_by_frequency(counts), key)].mean() for run in runs])
-            if ratio > 1
-            else None
+            pa.summary([run[getattr(pa.groups_by_frequency(counts), key)].mean() for run in runs]) if ratio > 1 else None
         )
         accuracy = pa.summary(runs.mean(1))
         first = first or accuracy
@@ -110,17 +108,7 @@ def test_page_stands_alone_and_says_everything(tmp_path):
     assert not page.tags & {"script", "img", "link", "iframe", "object"}
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
     assert len(page.ids) == len(set(page.ids))
-    for text in (
-        *SEVEN,
-        results["command"],
-        "jax 0.10.2",
-        "digits",
-        "8 × 8 × 1",
-        "long tail 100",
-        "class 3",
-        "hash1",
-        "mlp",
-    ):
+    for text in (*SEVEN, results["command"], "jax 0.10.2", "digits", "8 × 8 × 1", "long tail 100", "class 3", "hash1", "mlp"):
         assert text in page.text, text
     la = results["methods"]["la"]
     for entry in (la["accuracy"], la["best_epoch_accuracy"]):
@@ -233,9 +221,7 @@ def test_table_fits_the_terminal(width, encoding):
     la, mark = results["methods"]["la"], "±" if encoding == "utf-8" else "+/-"
     row = next(line for line in text.splitlines() if line.startswith("la "))
     assert f"{100 * la['accuracy']['mean']:.1f} {mark} {100 * la['accuracy']['std']:.1f}" in row
-    assert (
-        f"+{100 * la['difference']['mean']:.1f} [" in row and row.rstrip().endswith("1.50  1.00 12.5") or width == 120
-    )
+    assert f"+{100 * la['difference']['mean']:.1f} [" in row and row.rstrip().endswith("1.50  1.00 12.5") or width == 120
     assert any(line.startswith("lpl(bound=varied) ") for line in text.splitlines())  # in one piece at 80 too
 
 
@@ -253,9 +239,7 @@ def test_results_survive_the_file(tmp_path):
 
 
 def test_file_is_strict_json(tmp_path):
-    results = {
-        "methods": {"ce": {"x": np.float32("nan"), "y": [np.inf, np.int64(3)], "z": np.arange(2), "[\n 1 ]": True}}
-    }
+    results = {"methods": {"ce": {"x": np.float32("nan"), "y": [np.inf, np.int64(3)], "z": np.arange(2), "[\n 1 ]": True}}}
     path = pa.save_results(results, tmp_path / "results.json")
     assert pa.load_results(path)["methods"]["ce"] == {"x": None, "y": [None, 3], "z": [0, 1], "[\n 1 ]": True}
     path.write_text('{"methods": {"ce": NaN}}')

@@ -38,9 +38,7 @@ def test_normal_form_and_properties():
 
 
 def test_check_twice_is_check_once():
-    once = check(
-        small(train_domains=np.arange(12) % 2, validation_images=small().test_images, validation_labels=[0] * 6)
-    )
+    once = check(small(train_domains=np.arange(12) % 2, validation_images=small().test_images, validation_labels=[0] * 6))
     for field in dataclasses.fields(Dataset):
         np.testing.assert_array_equal(getattr(check(once), field.name), getattr(once, field.name))
 
@@ -152,9 +150,7 @@ def test_draw_takes_each_groups_quota_once(groups, quota, seed):
     groups, quota = np.array(groups), np.array(quota)
     drawn = draw(groups, quota, np.random.default_rng(seed))
     assert (np.diff(drawn) > 0).all()  # sorted, none twice
-    np.testing.assert_array_equal(
-        np.bincount(groups[drawn], minlength=5), np.minimum(np.bincount(groups, minlength=5), quota)
-    )
+    np.testing.assert_array_equal(np.bincount(groups[drawn], minlength=5), np.minimum(np.bincount(groups, minlength=5), quota))
     assert np.isin(draw(groups, quota // 2, np.random.default_rng(seed)), drawn).all()  # nested
 
 
@@ -166,9 +162,7 @@ def test_draw_is_uniform():
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=40),
-    st.floats(0.01, 0.99),
-    st.integers(0, 9),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=40), st.floats(0.01, 0.99), st.integers(0, 9)
 )
 @settings(deadline=None, max_examples=50)
 def test_stratified_share_of_every_class_in_every_domain(pairs, share, seed):

@@ -10,12 +10,7 @@ from perturbjax.data import SOURCES, load
 
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.integers(0, 256, [30, 4, 4, 3], dtype=np.uint8), (np.arange(30) % 3).astype(np.int64)
-SPLIT = {
-    "train_images": IMAGES[:20],
-    "train_labels": LABELS[:20],
-    "test_images": IMAGES[20:],
-    "test_labels": LABELS[20:],
-}
+SPLIT = {"train_images": IMAGES[:20], "train_labels": LABELS[:20], "test_images": IMAGES[20:], "test_labels": LABELS[20:]}
 
 
 @pytest.fixture
@@ -122,9 +117,7 @@ def test_unknown_names_get_the_nearest_one(write, monkeypatch):
         match=re.escape("load needs 'digits' or the path of an .npz file, got 'digit'. Did you mean load('digits')?"),
     ):
         load("digit")
-    with pytest.raises(
-        ValueError, match=re.escape('got \'imagenet\'. Write load("digits") or load("folder/file.npz").')
-    ):
+    with pytest.raises(ValueError, match=re.escape('got \'imagenet\'. Write load("digits") or load("folder/file.npz").')):
         load("imagenet")
     with pytest.raises(FileNotFoundError, match=re.escape(f"Did you mean load({str(folder / 'mine.npz')!r})?")):
         load(folder / "Mine2.npz")
@@ -138,11 +131,7 @@ def test_unknown_names_get_the_nearest_one(write, monkeypatch):
 
 def test_files_that_are_no_npz(tmp_path):
     path = tmp_path / "x.npz"
-    for content, message in (
-        (b"", "which is empty"),
-        (b"hello", "which starts with b'hell'"),
-        (b"\x93NUMPY", "np.savez"),
-    ):
+    for content, message in ((b"", "which is empty"), (b"hello", "which starts with b'hell'"), (b"\x93NUMPY", "np.savez")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=re.escape(message)):
             load(path)

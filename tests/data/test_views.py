@@ -19,9 +19,7 @@ RATIO_10 = [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500]
 def fake(counts, names=(), seed=0, **extra):
     """counts[c] images of class c, shuffled; the first two pixels of each image hold its position in the set."""
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
-    images = (
-        np.arange(4 * len(labels), dtype=np.uint32).reshape(-1, 2, 2, 1)[:, :1, :1].view(np.uint8).reshape(-1, 2, 2, 1)
-    )
+    images = np.arange(4 * len(labels), dtype=np.uint32).reshape(-1, 2, 2, 1)[:, :1, :1].view(np.uint8).reshape(-1, 2, 2, 1)
     test = np.arange(len(counts))
     return check(Dataset("fake", images, labels, images[test], test, tuple(names), **extra))
 
@@ -76,9 +74,7 @@ def test_unequal_classes_keep_the_profile():
     np.testing.assert_array_equal(longtail_counts([20, 20, 20], 1000), [20, 1, 1])  # never empty
 
 
-@given(
-    st.lists(st.integers(1, 300), min_size=2, max_size=12), st.floats(1, 500), st.sampled_from(["exponential", "step"])
-)
+@given(st.lists(st.integers(1, 300), min_size=2, max_size=12), st.floats(1, 500), st.sampled_from(["exponential", "step"]))
 @settings(deadline=None, max_examples=100)
 def test_longtail_counts_are_the_largest_that_fit(available, ratio, kind):
     counts, C = longtail_counts(available, ratio, kind), len(available)
@@ -94,9 +90,7 @@ def test_seeds_differ_and_repeat(hundred, view):
     same(view(hundred, 3), view(hundred, 3))
     hashes = {view(hundred, seed).subset_hash for seed in range(5)}
     assert len(hashes) == 5
-    assert (
-        hundred.subset_hash not in hashes and hundred.views == () and not hundred.flipped.any()
-    )  # the source is as it was
+    assert hundred.subset_hash not in hashes and hundred.views == () and not hundred.flipped.any()  # the source is as it was
 
 
 def test_seeds_draw_other_samples(hundred):
@@ -147,13 +141,7 @@ def test_asymmetric_noise_confuses_cifars_look_alikes_by_name(hundred):
         noisy = noise("asymmetric", 0.4)(d, 0)
         names = np.array(d.class_names)
         moves = set(zip(names[noisy.true_labels[noisy.flipped]], names[noisy.train_labels[noisy.flipped]], strict=True))
-        assert moves == {
-            ("truck", "automobile"),
-            ("bird", "airplane"),
-            ("deer", "horse"),
-            ("cat", "dog"),
-            ("dog", "cat"),
-        }
+        assert moves == {("truck", "automobile"), ("bird", "airplane"), ("deer", "horse"), ("cat", "dog"), ("dog", "cat")}
         assert noisy.flipped.sum() == 200  # 40 % of the five classes that can change
 
 
@@ -301,11 +289,7 @@ def test_settings_are_checked_where_they_enter(make, message):
     [
         (noise("asymmetric", 0.1), fake([5, 5]), "got 0, 1. Write noise('pair', rate)"),
         (noise("asymmetric", 0.1), fake([1] * 12), "got 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ..."),
-        (
-            noise("pair", 0.99),
-            fake([1, 99]),
-            "got rate 0.99, after which class 1 ('1', 99 before) has none. Lower the rate",
-        ),
+        (noise("pair", 0.99), fake([1, 99]), "got rate 0.99, after which class 1 ('1', 99 before) has none. Lower the rate"),
         (shrink(3), fake([5, 5]), "divides the images' 2x2 pixels, got 3. Write size=1; 1, 2 fit."),
         (validation(0.5), fake([1, 1]), "a class with 2 training samples, got at most 1"),
         (validation(0.5), validation(0.5)(fake([8, 8]), 0), "without a validation set, got 8 samples in one"),

@@ -102,7 +102,9 @@ def cooled(*, scale: float = 0.5) -> pj.Perturbation:
 def test_a_method_in_a_file_of_ones_own_is_compared_and_listed(tmp_path, capsys):
     path = tmp_path / "cooled.py"
     path.write_text(PLUGIN)
-    compare.main(["--plugin", str(path), "--methods", "ce, cooled(scale=2)+sam", "--seeds", "1", *QUICK, "--out", str(tmp_path)])
+    compare.main(
+        ["--plugin", str(path), "--methods", "ce, cooled(scale=2)+sam", "--seeds", "1", *QUICK, "--out", str(tmp_path)]
+    )
     assert results(tmp_path)["methods"]["cooled(scale=2)+sam"]["gradient_evaluations"] == 2
     with pytest.raises(SystemExit) as stopped:
         compare.main(["--list", "--plugin", str(path)])

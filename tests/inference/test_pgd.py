@@ -198,7 +198,11 @@ def test_derivatives_with_respect_to_bound_step_size_and_direction(x64, step, no
     """Exact for one step: the slope doesn't depend on them. Class 0 ends outside its ball, 1 inside, 2 has none."""
     groups, count = GROUPS["classes"]
     along = jnp.asarray(np.random.default_rng(2).normal(size=VALUE.shape))
-    at = {"bound": np.array([0.2, 5.0, 9.0, 0.1]), "step_size": np.array([3.0, 0.2, 0.5, 0.4]), "direction": np.array([1.0, -1, 1, 1])}
+    at = {
+        "bound": np.array([0.2, 5.0, 9.0, 0.1]),
+        "step_size": np.array([3.0, 0.2, 0.5, 0.4]),
+        "direction": np.array([1.0, -1, 1, 1]),
+    }
 
     def total(hyper):
         return jnp.sum(along * pgd(losses_of, jnp.asarray(VALUE), groups, count, num_steps=1, step=step, norm=norm, **hyper)[0])
@@ -264,9 +268,16 @@ def test_traced_settings_need_no_second_compilation_and_vmap(x64):
         traces.append(1)
         return pgd(losses_of, jnp.asarray(VALUE), *GROUPS["classes"], max_steps=3, **hyper)[0]
 
-    sweep = dict(direction=np.array([1.0, -1.0]), step_size=np.array([0.2, 0.3]), num_steps=np.array([1, 3]), bound=np.array([0.1, np.inf]))
+    sweep = dict(
+        direction=np.array([1.0, -1.0]),
+        step_size=np.array([0.2, 0.3]),
+        num_steps=np.array([1, 3]),
+        bound=np.array([0.1, np.inf]),
+    )
     one = lambda i: {k: jnp.asarray(v[i]) for k, v in sweep.items()}
-    expected = [numpy_pgd(numpy_net, VALUE, *GROUPS["classes"], step="unit", **{k: v[i] for k, v in sweep.items()})[0] for i in range(2)]
+    expected = [
+        numpy_pgd(numpy_net, VALUE, *GROUPS["classes"], step="unit", **{k: v[i] for k, v in sweep.items()})[0] for i in range(2)
+    ]
     np.testing.assert_allclose([run(one(0)), run(one(1))], expected, rtol=1e-10, atol=1e-12)
     assert len(traces) == 1
     np.testing.assert_allclose(jax.vmap(run)(jax.tree.map(jnp.asarray, sweep)), expected, rtol=1e-10, atol=1e-12)
@@ -386,7 +397,9 @@ def test_jit_has_the_numbers_of_eager_code(x64):
     eager, _ = both("classes", step="unit", **settings_of("classes"))
     hyper = settings_of("classes")
     search = lambda value: pgd(losses_of, value, *GROUPS["classes"], step="unit", **hyper)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), jax.jit(search)(jnp.asarray(VALUE)), eager)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), jax.jit(search)(jnp.asarray(VALUE)), eager
+    )
 
 
 # Numbers.

@@ -66,9 +66,7 @@ def test_every_gradient_convolution_has_the_layout_of_the_forward_one():
     first = jax.grad(lambda *args: (conv(*args) ** 2).sum(), (0, 1))
     second = jax.grad(lambda *args: sum((g**2).sum() for g in first(*args)), (0, 1))
     lines = jax.jit(second).lower(*draw((2, 6, 6, 3), (3, 3, 3, 4))).as_text().splitlines()
-    layouts = [
-        line.split("dim_numbers = ")[1].split(", window")[0] for line in lines if "stablehlo.convolution" in line
-    ]
+    layouts = [line.split("dim_numbers = ")[1].split(", window")[0] for line in lines if "stablehlo.convolution" in line]
     assert len(layouts) > 3 and set(layouts) == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
 
 

@@ -30,9 +30,7 @@ def shapes(model, images=IMAGES):
 def filled(model, images=IMAGES):
     """The model's variables with any positive numbers: initialising would spend seconds on compiling random bits."""
     random = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(random.normal(0.5, 0.5, leaf.shape) ** 2, leaf.dtype), shapes(model, images)
-    )
+    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0.5, 0.5, leaf.shape) ** 2, leaf.dtype), shapes(model, images))
 
 
 def paths(tree):
@@ -58,13 +56,8 @@ def test_sites_can_be_read_from_an_unbound_model():
 
 
 def test_sites_have_the_shapes_of_the_papers():
-    at = lambda model, stop: (
-        jax.eval_shape(lambda v: model.apply(v, jnp.ones([2, 32, 32, 3]), stop=stop), variables).shape
-    )
-    for model, widths in (
-        (ResNet(depth=8, **SHARED), (16, 32, 64)),
-        (WideResNet(depth=10, widen=4, **SHARED), (64, 128, 256)),
-    ):
+    at = lambda model, stop: jax.eval_shape(lambda v: model.apply(v, jnp.ones([2, 32, 32, 3]), stop=stop), variables).shape
+    for model, widths in ((ResNet(depth=8, **SHARED), (16, 32, 64)), (WideResNet(depth=10, widen=4, **SHARED), (64, 128, 256))):
         variables = shapes(model, jnp.ones([2, 32, 32, 3]))
         assert at(model, "stem") == (2, 32, 32, 16)
         assert [at(model, f"stage{i}") for i in (1, 2, 3)] == [(2, s, s, w) for s, w in zip((32, 16, 8), widths)]
@@ -130,12 +123,10 @@ def test_training_averages_the_statistics_and_evaluation_leaves_them():
     stem = model.apply(variables, IMAGES, stop="stem")  # what norm1 sees
     np.testing.assert_allclose(new["mean"], 0.9 * old["mean"] + 0.1 * stem.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(new["var"], 0.9 * old["var"] + 0.1 * stem.var((0, 1, 2)), rtol=1e-4)
-    jax.tree.map(
-        np.testing.assert_array_equal, apply(variables, IMAGES, False)[1]["batch_stats"], variables["batch_stats"]
-    )
-    start = model.init(jax.random.key(0), jnp.ones([1, 4, 4, 2]), start="stage3", stop="features")["batch_stats"][
-        "features"
-    ]["norm"]
+    jax.tree.map(np.testing.assert_array_equal, apply(variables, IMAGES, False)[1]["batch_stats"], variables["batch_stats"])
+    start = model.init(jax.random.key(0), jnp.ones([1, 4, 4, 2]), start="stage3", stop="features")["batch_stats"]["features"][
+        "norm"
+    ]
     assert start["mean"].tolist() == [0.0] * 2 and start["var"].tolist() == [1.0] * 2
 
 
@@ -180,9 +171,7 @@ def test_the_cosine_head_sees_directions_only():
 def test_both_convolutions_give_the_same_gradients():
     models = [create("resnet8", width=2, conv=conv, **SHARED) for conv in ("canonical", "lax")]
     variables = filled(models[0])
-    grads = [
-        jax.jit(jax.grad(lambda v, model=model: (model.apply(v, IMAGES) ** 2).sum()))(variables) for model in models
-    ]
+    grads = [jax.jit(jax.grad(lambda v, model=model: (model.apply(v, IMAGES) ** 2).sum()))(variables) for model in models]
     jax.tree.map(np.testing.assert_array_equal, *grads)
 
 
@@ -194,9 +183,7 @@ def test_a_model_is_a_static_argument():
 def test_width_and_options_reach_the_model():
     assert create("mlp", width=32, **SHARED).hidden == (32, 16)
     assert create("mlp", width=32, hidden=(3,), **SHARED).hidden == (3,)
-    assert create("wrn16-8", width=2, dropout=0.3, **SHARED) == WideResNet(
-        depth=16, widen=8, width=2, dropout=0.3, **SHARED
-    )
+    assert create("wrn16-8", width=2, dropout=0.3, **SHARED) == WideResNet(depth=16, widen=8, width=2, dropout=0.3, **SHARED)
     assert create("cnn", num_stages=3, head="cosine", scale=16.0, **SHARED).scale == 16.0
 
 
@@ -207,10 +194,7 @@ ERRORS = {
     "conv": (lambda: create("cnn", conv="fast", **SHARED), "'canonical', 'lax'.*got 'fast'"),
     "depth": (lambda: ResNet(depth=18, **SHARED), "depth = 6n [+] 2, got 18. Write depth=20"),
     "wide depth": (lambda: WideResNet(depth=3, **SHARED), "depth = 6n [+] 4, got 3. Write depth=10"),
-    "mean and std": (
-        lambda: create("cnn", num_classes=5, mean=(0.5, 0.4), std=(0.2,)),
-        r"mean=\(0.5, 0.4\) and std=\(0.2,\)",
-    ),
+    "mean and std": (lambda: create("cnn", num_classes=5, mean=(0.5, 0.4), std=(0.2,)), r"mean=\(0.5, 0.4\) and std=\(0.2,\)"),
     "hidden": (lambda: MLP(hidden=(), **SHARED), r"got hidden=\(\)"),
     "rank": (lambda: shapes(CNN(**GREY), jnp.ones([4, 8, 8])), r"\[B, H, W, 1\].*got \(4, 8, 8\).*pixels\[..., None\]"),
     "channels": (lambda: shapes(MLP(**GREY)), r"\[B, H, W, 1\].*got \(4, 8, 8, 3\).*3 numbers in mean"),
