@@ -5,6 +5,7 @@
     python experiments/compare.py --data CIFAR10.npz --view "longtail(100)" --model resnet20 --batch-size 128 --methods "ce, lpl"
     python experiments/compare.py --list                                                 # all methods
     python experiments/compare.py --config small_longtail --data CIFAR10.npz             # a protocol from experiments/configs
+    python experiments/compare.py --config small_longtail --smoke                        # its small version, on digits
 
 Writes results.json and report.html (one file, no scripts) to --out and prints the table.
 """
@@ -30,7 +31,7 @@ PLAIN = "ce"
 class CompareSettings(shared.Settings):
     """Flags of compare.py."""
 
-    methods: str = "ce, la, lpl(split=frequency), lpg(split=frequency), lpa(split=frequency), mixup, sam, pugd, la+lpl"
+    methods: str = "ce, la, lpl(split=frequency), la+lpl, lpg(split=frequency), lpa(split=frequency), sam, pugd"
     """Methods, separated by commas: a name, settings in brackets, + for a chain. The first one is the reference."""
     seeds: int = 5
     """n: seeds 0 to n-1, each for the split of the data, the initialisation and every draw, the same for all methods."""

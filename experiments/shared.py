@@ -184,6 +184,7 @@ def source(name: str) -> Dataset:
 def make_recipe(settings: Settings, dataset: Dataset, method: Method) -> Recipe:
     """The static part of a run."""
     mean, std = dataset.channel_stats()
+    std = tuple(s if s > 0 else 1.0 for s in std)  # a constant channel stays constant
     augment = dataset.image_shape[-1] == 3 if settings.augment is None else settings.augment
     model = create(
         settings.model, num_classes=dataset.num_classes, mean=mean, std=std, width=settings.width, head=settings.head,
@@ -312,7 +313,7 @@ def prepare_out(out: str | None, script: str, settings: Settings) -> pathlib.Pat
 def start(main: Callable[[list[str]], None]) -> None:
     """Runs a script's main: a clear error becomes one line and exit code 2; Ctrl-C says what was lost."""
     cache = pathlib.Path.home() / ".cache" / "perturbjax" / "xla"
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:

@@ -242,7 +242,8 @@ def as_split(function: str, split: Split | str, *, tau: Any = None, direction: A
     name = split.removeprefix("by_") if isinstance(split, str) else None
     if name not in SPLITS:
         if callable(split):
-            raise ValueError(f"{function} needs a Split, got the function {split.__name__}. Call it: split={split.__name__}().")
+            given = getattr(split, "__name__", "f")
+            raise ValueError(f"{function} needs a Split, got the function {given}. Call it: split={given}().")
         raise ValueError(f"{function} needs split to be a Split or a name, got {split!r}. {nearest(str(split), SPLITS)}")
     settings = dict(defaults.get(name, {}))
     if tau is not None:

@@ -186,6 +186,8 @@ def test_the_scales_of_a_frequency():
         log = lambda n: np.log(n / 10) / np.log(5)
         np.testing.assert_allclose(of["log"][0], log(COUNTS), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(of["log"][1], log(edge), rtol=1e-5, atol=1e-6)
+    split, where, _ = frequency(np.array([1, 0, 10, 100, 10]), tau=0.4)
+    np.testing.assert_allclose(split.statistic((), where, "log")[0], [0, 0, 0.5, 1, 0.5], rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -72,7 +72,7 @@ def pgd(
       norm: "l2", "linf" or "l1" ball, over all axes of one group's delta.
       max_steps: static limit of K. None: read off `num_steps`, which must not be traced then.
       start: [G, ...] the delta to start from (random starts; deltas that persist over batches). None: zero.
-      value_range: (low, high) that value + delta is clipped to, for pixels.
+      value_range: (low, high) that value + delta is clipped to, for pixels: after every step, if each sample has its own delta.
       transform: acts on the group mean gradient [G, ...] before the step (low-rank steps).
       has_aux: whether `loss_of` returns (losses, aux).
       axis_name: mapped axis to average gradients over, for groups that span devices.
@@ -134,6 +134,9 @@ def pgd(
     delta = jnp.zeros(shape, dtype) if start is None else jnp.asarray(start, dtype)
     if delta.shape != shape:
         raise ValueError(f"pgd needs start {shape} (one delta per group), got {delta.shape}. Give start=jnp.zeros({shape}).")
+    # A sample's own delta keeps to the range, from the start on; a shared one is clipped where it is added to each sample.
+    keep = move if groups is None else (lambda delta: delta)
+    delta = keep(delta)
     (losses, aux), mean = slope(delta)
     resolve = lambda x: jnp.broadcast_to(jnp.asarray(x(losses, aux) if callable(x) else x, dtype), [num_groups])
     rate = resolve(direction) * resolve(step_size)
@@ -142,7 +145,7 @@ def pgd(
     def advance(delta, mean, k):
         shaped = {"raw": lambda g: g, "unit": unit, "sign": jnp.sign}[step](mean)
         moved = delta + per_group(rate, delta) * shaped
-        projected = project(moved, radius, norm)
+        projected = keep(project(moved, radius, norm))
         return jnp.where(per_group(k < count, delta), projected, delta)
 
     if limit > 0:

@@ -61,7 +61,7 @@ def class_weighting(
       kind: "none", "balanced" or "effective" (number of samples, with `beta`). weights: C numbers instead of a kind.
     """
     check_choice("class_weighting", "kind", kind, KINDS)
-    if not is_traced(beta) and not 0 < beta <= 1 - 1e-7:
+    if not is_traced(beta) and not 0 < float(np.asarray(beta)) <= 1 - 1e-7:
         raise ValueError(f"class_weighting needs 0 < beta < 1, got {beta}. The limit 1 is kind='balanced', up to a factor.")
     check_number("class_weighting", low=0, weights=weights)
 

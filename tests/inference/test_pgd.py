@@ -85,10 +85,13 @@ def numpy_project(delta, radius, norm):
 
 def numpy_pgd(net, value, groups, num_groups, *, direction=1.0, step_size, num_steps, bound=np.inf, step, norm="l2",
               start=None, value_range=None, transform=lambda g: g):  # fmt: skip
-    groups = np.arange(len(value)) if groups is None else np.asarray(groups)
+    own = groups is None
+    groups = np.arange(len(value)) if own else np.asarray(groups)
     s, k, steps, radius = (np.broadcast_to(x, [num_groups]) for x in (direction, step_size, num_steps, bound))
     delta = np.zeros([num_groups, *value.shape[1:]]) if start is None else start.copy()
     low, high = value_range or (-np.inf, np.inf)
+    if own:
+        delta = np.clip(value + delta, low, high) - value
     for number in range(max(steps)):
         slopes = net(np.clip(value + delta[groups], low, high))[1]
         for g in range(num_groups):
@@ -99,6 +102,8 @@ def numpy_pgd(net, value, groups, num_groups, *, direction=1.0, step_size, num_s
             length = np.sqrt((mean**2).sum())
             shaped = {"raw": mean, "unit": mean / (length or 1), "sign": np.sign(mean)}[step]
             delta[g] = numpy_project(delta[g] + s[g] * k[g] * shaped, radius[g], norm)
+            if own:  # a sample's own delta keeps to the range
+                delta[g] = np.clip(value[g] + delta[g], low, high) - value[g]
     return np.clip(value + delta[groups], low, high) - value, delta
 
 
@@ -152,6 +157,16 @@ def test_starts_from_a_delta_and_clips_value_plus_delta(x64, grouping):
     # Step 0 is where the search starts, clipped.
     groups = np.arange(B) if GROUPS[grouping][0] is None else GROUPS[grouping][0]
     np.testing.assert_allclose(search.losses, numpy_net(np.clip(VALUE + start[groups], -0.4, 0.9))[0], rtol=1e-12)
+
+
+def test_a_sample_s_own_delta_turns_round_at_the_edge_of_the_range(x64):
+    """The value lies on the edge: what would have left the range isn't owed when the slope turns (Madry's loop clips each step)."""
+    slopes = iter([-1.0, -1.0, 1.0])
+    loss = lambda v: next(slopes) * v.sum((1, 2))
+    options = dict(step_size=0.1, num_steps=3, bound=1.0, step="sign", value_range=(0.0, 1.0))
+    delta, search = pgd(loss, jnp.zeros([B, *SHAPE]), None, B, start=jnp.full([B, *SHAPE], -0.5), **options)
+    np.testing.assert_allclose(delta, 0.1)
+    np.testing.assert_allclose(search.delta, 0.1)
 
 
 def test_transform_acts_on_the_group_mean_before_the_step(x64):

@@ -1,0 +1,44 @@
+"""README.md tells the truth: its table is the taxonomy's, its commands can be parsed, its first two bash blocks are the two commands."""
+
+import dataclasses
+import pathlib
+import re
+import shlex
+
+import pytest
+import tyro
+
+from experiments import bench, compare, shared, train
+from perturbjax import taxonomy
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+SCRIPTS = {"compare.py": compare.CompareSettings, "train.py": train.TrainSettings, "bench.py": bench.BenchSettings}
+LINES = [line for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+def test_the_table_is_the_one_that_the_taxonomy_prints():
+    assert taxonomy.markdown(taxonomy.table()) in README
+
+
+def test_the_first_two_bash_blocks_are_the_main_job_and_the_tests():
+    main_job, tests = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)[:2]
+    assert main_job.startswith("python3 -m venv .venv && ") and main_job.endswith("experiments/compare.py")
+    assert tests.startswith("python3 -m venv .venv && ") and "pytest" in tests and "\n" not in main_job + tests
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "experiments/" in line and "my_margin" not in line])
+def test_every_command_has_flags_methods_and_views_that_exist(line):
+    _, script, *flags = shlex.split(line)
+    settings = SCRIPTS[pathlib.Path(script).name]
+    shared.value_of(flags, "--config", remove=True)
+    if "--list" in flags:
+        return
+    parsed = tyro.cli(settings, args=flags, config=(tyro.conf.OmitArgPrefixes,))
+    assert dataclasses.is_dataclass(parsed)
+    assert shared.parse_methods(getattr(parsed, "methods", None) or parsed.method)
+    if parsed.view != "none":
+        shared.spec.resolve(shared.spec.parse_chain(parsed.view), shared.VIEWS)
+
+
+def test_no_placeholder_is_left():
+    assert not re.search(r"^(TABLE|BENCH|TAXONOMY)$", README, re.MULTILINE)
