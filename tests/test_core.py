@@ -309,7 +309,7 @@ def test_one_key_one_draw_in_rest_and_in_the_outer_pass():
         return flow, state, {}
 
     search = pj.Perturbation("input", lambda c: (), apply, search=True)
-    for links, noise in ((pj.chain(search, pj.dropout(site="stage1"), pj.dropout(site="stage2")), 0.0), (search, 1.0)):
+    for links, noise in ((pj.chain(search, pj.dropout(site="stage1")), 0.0), (search, 1.0)):
         del found[:]
         options = dict(model=stateful(noise), stats=STATS)
         _, out = run(links, key=jax.random.key(1), **options)
@@ -418,18 +418,14 @@ def test_a_perturbed_logit_gradient_keeps_the_loss_and_reaches_the_network_with_
     penalty = link("stage2", lambda flow: flow._replace(penalty=flow.penalty + 0.1 * jnp.sum(flow.value**2, axis=1)))
     before, after = pj.chain(penalty, TAILS[tail][0]), pj.chain(penalty, TAILS[tail][0], note_logit_gradient([], delta))
     options = dict(data=batch(weights=WEIGHTS))
+    both = [quick(jax.value_and_grad(lambda w: run(links, params=w, **options)[0]))(PARAMS) for links in (before, after)]
+    (value, plain), (perturbed_value, perturbed) = both
+    equal(perturbed_value, value)
     equal(run(after, **options)[0], run(before, **options)[0])
-    equal(
-        quick(lambda w: run(after, params=w, **options)[0])(PARAMS),
-        quick(lambda w: run(before, params=w, **options)[0])(PARAMS),
-    )
     logits_of = lambda w: MODEL.slice(w, INPUTS, "input", "logits", stats=None, train=True, key=None)[0]
     [added] = jax.vjp(logits_of, PARAMS)[1](jnp.asarray(WEIGHTS)[:, None] * delta / B)
-    plain = gradient(before, **options)
-    close(gradient(after, **options), jax.tree.map(jnp.add, plain, added))
+    close(perturbed, jax.tree.map(jnp.add, plain, added))
     assert float(jnp.abs(added["a"]).max()) > 1e-2
-    without = gradient(pj.chain(TAILS[tail][0], note_logit_gradient([], delta)), **options)
-    assert np.abs(without["b"] - gradient(after, **options)["b"]).max() > 1e-3  # the penalty's own part
 
 
 def test_several_links_at_the_logit_gradient_act_one_after_the_other():
@@ -537,15 +533,8 @@ def test_a_link_may_change_the_number_of_samples(site):
 
 @pytest.mark.parametrize(
     "links, label",
-    [
-        (pj.ce(), -1),
-        (pj.lpl(), C),
-        (pj.lpl(split=pj.by_variance(update="step")), -1),
-        (pj.lpa(direction=1.0), -1),
-        (pj.lpa(direction=1.0, site="logits"), C),
-        (pj.lpg(direction=1.0), C),
-    ],
-    ids=["ce", "lpl", "variance", "lpa", "lpa at the logits", "lpg"],
+    [(pj.ce(), -1), (pj.lpl(), C), (pj.lpa(direction=1.0), -1), (pj.lpg(direction=1.0), C)],
+    ids=["ce", "lpl", "lpa", "lpg"],
 )
 def test_padding_with_zero_weight_changes_nothing(links, label):
     pad = lambda x, value: np.concatenate([x, np.full((2, *x.shape[1:]), value, x.dtype)])

@@ -79,7 +79,7 @@ def test_it_is_pgd_with_every_sample_its_own_group():
     kw = dict(bound=0.2, step_size=0.05, num_steps=4, norm="l2", step="unit")
     start = pj.random_start(jax.random.fold_in(jax.random.key(0), 0), jnp.arange(B), (2, 3), bound=0.2, norm="l2")
     delta = jax.jit(
-        lambda x: pj.pgd(lambda v: losses_of(params, v, y), x, jnp.arange(B), B, start=start, value_range=(0.0, 1.0), **kw)[0]
+        lambda x: pj.pgd(lambda v: losses_of(params, v, y), x, None, B, start=start, value_range=(0.0, 1.0), **kw)[0]
     )(x)
     _, _, moved = run(pj.adversarial_training(**kw), params, x, y)
     np.testing.assert_allclose(moved, x + delta, atol=1e-6)
