@@ -87,9 +87,9 @@ def pgd(
     >>> u, y = jnp.zeros([2, 2]), jnp.array([0, 0])
     >>> ce = lambda u: optax.softmax_cross_entropy_with_integer_labels(u, y)
     >>> delta, search = pgd(ce, u, y, 2, step_size=0.1, num_steps=2, step="raw")
-    >>> print(delta.round(3))
-    [[-0.098  0.098]
-     [-0.098  0.098]]
+    >>> print(np.asarray(delta).round(3))
+    [[-0.102  0.102]
+     [-0.102  0.102]]
     """
     check_choice("pgd", "step", step, ("raw", "unit", "sign"))
     check_choice("pgd", "norm", norm, NORMS)
