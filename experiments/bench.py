@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import shared
-from perturbjax.data import Dataset, augment
+from perturbjax.data import Dataset
 from perturbjax.line import line
 from perturbjax.training import Recipe, cost_ratios, device_data, init_state, split_methods
 from perturbjax.training.loop import extra_gradients
@@ -135,8 +135,8 @@ def hand_written(recipe: Recipe, settings: BenchSettings, dataset: Dataset):
     def step(state, data, index):
         params, stats, opt_state, count = state
         images = pixels(data.images[index])
-        if recipe.pad or recipe.flip:
-            images = augment(images, jax.random.fold_in(jax.random.key(1), count), index, pad=recipe.pad, flip=recipe.flip)
+        if recipe.augmentation:
+            images = recipe.augmentation(images, jax.random.fold_in(jax.random.key(1), count), index)
 
         def loss(params):
             logits, new = model.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])

@@ -7,11 +7,18 @@
     python experiments/compare.py --config small_longtail --data CIFAR10.npz             # a protocol from experiments/configs
     python experiments/compare.py --config small_longtail --smoke                        # its small version, on digits
 
-Writes results.json and report.html (one file, no scripts) to --out and prints the table.
+Writes results.json and report.html (one file, no scripts) to --out and prints the table. Every run has a folder of its own below
+--out/runs, with its log and checkpoints: interrupted in any way, the same command goes on there; finished runs are not trained again,
+also when methods or seeds are added.
 """
 
 import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +28,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments import shared
 from perturbjax.analysis import paired_difference, print_table, save_results, write_report
 from perturbjax.data import Dataset, epoch_order
-from perturbjax.training import cost_ratios, device_data, fit, init_state
+from perturbjax.training import Checkpoints, History, Recipe, Run, RunFolder, cost_ratios, device_data, fit_many, init_state
+from perturbjax.training.devices import to_host
 from perturbjax.training.step import as_arrays, compiled_step
 
 PLAIN = "ce"
@@ -37,6 +45,8 @@ class CompareSettings(shared.Settings):
     """n: seeds 0 to n-1, each for the split of the data, the initialisation and every draw, the same for all methods."""
     out: str | None = None
     """Folder for results.json and report.html; runs/compare-DATA-VIEW if not given."""
+    vmapped: bool | None = None
+    """Train all seeds and settings of one structure side by side; if not given: on GPU and TPU."""
     cost_rounds: int = 9
     """Rounds of the paired timing behind the cost ratio; 0: no timing."""
 
@@ -47,47 +57,136 @@ def main(argv: list[str]) -> None:
     methods = shared.parse_methods(settings.methods, settings.plugin)
     if settings.seeds < 1:
         raise ValueError(f"--seeds needs at least 1, got {settings.seeds}.")
-    out = shared.prepare_out(settings.out, "compare", settings)
     seeds = range(settings.seeds)
     datasets = [shared.load_view(settings, seed) for seed in seeds]
     shared.check_runs(settings, datasets[0], methods)
+    with shared.prepare_out(settings.out, "compare", settings.view, shared.identity(settings, datasets[0])) as folder:
+        console = Console(quiet=jax.process_index() > 0)
+        shared.print_notes(datasets[0], console)
+        results_file, report = folder.path / "results.json", folder.path / "report.html"
+        started = time.perf_counter()
+        if (results := finished(results_file, list(methods), list(seeds))) is None:
+            histories = train_all(settings, datasets, methods, folder.path, console)
+            results = summarise(settings, datasets, methods, histories)
+            if jax.process_index() == 0:
+                write_report(results, report)
+                save_results(results, results_file)
+        print_table(results, console)
+        took = time.perf_counter() - started
+        console.print(f"{took:.0f} s. Wrote {results_file} and {report}", soft_wrap=True, highlight=False)
 
-    console = Console()
-    started = time.perf_counter()
-    histories = train_all(settings, datasets, methods, console)
-    results = shared.results_of(settings, datasets, seeds, {t: shared.record(h, datasets) for t, h in histories.items()})
-    reference = next(iter(methods))
+
+def finished(file: pathlib.Path, methods: list[str], seeds: list[int]) -> dict | None:
+    """The results that are there already, if they are of these methods and seeds."""
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text())
+    same = list(found["methods"]) == methods and found["settings"]["seeds"] == seeds
+    return found if same else None
+
+
+def summarise(settings: CompareSettings, datasets: list[Dataset], methods: dict, histories: dict) -> dict:
+    """results.json of the finished runs, with each method's cost and its difference to the first one."""
+    results = shared.results_of(
+        settings, datasets, range(settings.seeds), {t: shared.record(h, datasets) for t, h in histories.items()}
+    )
     costs = measure_costs(settings, datasets[0], methods, settings.cost_rounds) if settings.cost_rounds else {}
+    reference = next(iter(methods))
     for typed, entry in results["methods"].items():
         entry["cost_ratio"] = costs.get(typed)
         if typed != reference:
             first = results["methods"][reference]["accuracy"]["values"]
             entry["difference"] = paired_difference(entry["accuracy"]["values"], first)
-    save_results(results, out / "results.json")
-    write_report(results, out / "report.html")
-    print_table(results, console)
-    took = time.perf_counter() - started
-    console.print(f"{took:.0f} s. Wrote {out / 'results.json'} and {out / 'report.html'}", soft_wrap=True, highlight=False)
+    return results
 
 
-def train_all(settings: CompareSettings, datasets: list[Dataset], methods: dict, console: Console) -> dict:
-    """{method as typed: [History of each seed]}."""
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One run of the comparison."""
+
+    typed: str
+    recipe: Recipe
+    run: Run
+    folder: pathlib.Path
+    identity: dict
+
+
+def plan(settings: CompareSettings, datasets: list[Dataset], methods: dict, out: pathlib.Path) -> list[Planned]:
+    """All runs, method by method."""
+    planned = []
+    for typed, (method, numbers) in methods.items():
+        for seed, dataset in enumerate(datasets):
+            what = shared.identity(settings, dataset, method=typed, seed=seed)
+            run = Run(dataset, shared.make_numbers(settings, numbers), seed, typed)
+            place = out / "runs" / f"{shared.slug(typed)}-{digest(typed)}" / f"seed-{seed}"
+            planned.append(Planned(typed, shared.make_recipe(settings, dataset, method), run, place, what))
+    return planned
+
+
+def digest(text: str) -> str:
+    """Four hex digits that tell names apart which look the same in a path."""
+    return hashlib.sha256(text.encode()).hexdigest()[:4]
+
+
+def train_all(settings: CompareSettings, datasets: list[Dataset], methods: dict, out: pathlib.Path, console: Console) -> dict:
+    """{method as typed: [History of each seed]}, from the folders of the runs that are finished and by training the others."""
+    planned, histories = plan(settings, datasets, methods, out), {}
+    for one in planned:
+        with RunFolder(one.folder) as folder:
+            folder.claim(one.identity)
+            if folder.finished.exists():
+                histories[one.folder] = History.load(folder.finished)
+    left = [one for one in planned if one.folder not in histories]
+    together = jax.default_backend() != "cpu" if settings.vmapped is None else settings.vmapped
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
-    histories: dict[str, list] = {typed: [] for typed in methods}
     # Nothing is drawn where there is no terminal: a log file holds the table only.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        total = len(methods) * len(datasets) * settings.epochs
-        bar = progress.add_task("", total=total)
-        for typed, (method, numbers) in methods.items():
-            for seed, dataset in enumerate(datasets):
-                progress.update(bar, description=f"{typed}, seed {seed}")
-                recipe = shared.make_recipe(settings, dataset, method)
-                tick = lambda epoch, found: progress.advance(bar)
-                try:
-                    histories[typed].append(fit(recipe, dataset, shared.make_numbers(settings, numbers), seed, on_epoch=tick))
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"{typed}: {error}") from error
-    return histories
+        bar = progress.add_task("", total=len(planned) * settings.epochs, completed=len(histories) * settings.epochs)
+        for group in groups(left) if together else [[one] for one in left]:
+            names = ", ".join(dict.fromkeys(one.typed for one in group))
+            progress.update(
+                bar, description=f"{names}, seed {', '.join(str(s) for s in sorted({one.run.seed for one in group}))}"
+            )
+            tick = lambda epoch, found, n=len(group): progress.advance(bar, n)
+            histories |= train_group(settings, group, out, tick)
+    return {typed: [histories[one.folder] for one in planned if one.typed == typed] for typed in methods}
+
+
+def groups(planned: list[Planned]) -> list[list[Planned]]:
+    """Runs that share one compiled program, whatever their method's name and numbers."""
+    found: dict[Recipe, list[Planned]] = {}
+    for one in planned:
+        found.setdefault(one.recipe, []).append(one)
+    return list(found.values())
+
+
+def train_group(settings: CompareSettings, group: list[Planned], out: pathlib.Path, tick: Callable) -> dict:
+    """{folder: History}. One run trains in its own folder; several in a common one, until they are finished."""
+    names = [f"{one.typed}, seed {one.run.seed}" for one in group]
+    common = group[0].folder if len(group) == 1 else out / "runs" / f"together-{digest('; '.join(names))}"
+    with RunFolder(common) as folder:
+        folder.claim(group[0].identity if len(group) == 1 else {"runs": names, **group[0].identity})
+        try:
+            histories = fit_many(
+                group[0].recipe, [one.run for one in group], on_epoch=tick, folder=folder,
+                options=shared.options(settings, folder.path),
+            )  # fmt: skip
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{', '.join(dict.fromkeys(one.typed for one in group))}: {error}") from error
+        if jax.process_index() == 0:
+            for one, history in zip(group, histories, strict=True):
+                keep(one, history, split=len(group) > 1)
+    if len(group) > 1 and jax.process_index() == 0:
+        shutil.rmtree(common)
+    return {one.folder: history for one, history in zip(group, histories, strict=True)}
+
+
+def keep(one: Planned, history: History, *, split: bool) -> None:
+    """Writes a finished run to its folder; with `split` its last state too, which its group's checkpoints held."""
+    if split:
+        with Checkpoints(one.folder / "checkpoints") as checkpoints:
+            checkpoints.save(one.recipe.total_steps, to_host(history.state), {})
+    history.save(one.folder / "finished.npz")
 
 
 def measure_costs(settings: shared.Settings, dataset: Dataset, methods: dict, rounds: int) -> dict[str, float]:

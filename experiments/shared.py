@@ -1,8 +1,10 @@
 """What the scripts share: flags, data, recipes from method specs, one trained run as a record, and the results' form."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import pathlib
 import platform
 import re
@@ -20,9 +22,22 @@ from rich.console import Console
 from perturbjax import spec, taxonomy
 from perturbjax.analysis import evaluate, mean_by_class, relative_loss_variation, summary
 from perturbjax.checks import nearest
-from perturbjax.data import VIEWS, Dataset, apply_views, check, load
+from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load
 from perturbjax.models import create
-from perturbjax.training import History, Recipe, device_data, init_state
+from perturbjax.training import (
+    Devices,
+    History,
+    Interrupted,
+    Options,
+    OtherSettings,
+    Recipe,
+    RunFolder,
+    Schedule,
+    init_state,
+    recipe_flags,
+    sample_data,
+    start_processes,
+)
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
@@ -32,9 +47,12 @@ class Settings:
     """Flags that every script has."""
 
     data: str = "digits"
-    """digits (ships with scikit-learn), or a path to an .npz file."""
+    """digits (ships with scikit-learn), an .npz file, a folder of images, cifar10, cifar100 or the authors' binary archive, tfds:NAME."""
     view: str = "longtail(50)"
-    """What is made of the data, seeded: longtail(ratio), noise(kind, rate), thin(per_class), shrink(size); + chains them, none: as is."""
+    """What is made of the data, seeded; + chains, none: as is. longtail(ratio), noise(kind, rate), labels(FILE, KEY),
+    leave_out(domain), drop_duplicates, validation(share), thin(per_class), shrink(size)."""
+    image_size: int | None = None
+    """Edge to which the images of a folder are resized and cropped."""
     model: str = "mlp"
     """mlp, cnn, resnet8/20/32/44/56/110, wrn16-8, wrn28-10."""
     width: int | None = None
@@ -45,10 +63,16 @@ class Settings:
     """Dropout rate inside the model's stages."""
     bfloat16: bool = False
     """Compute the layers in bfloat16; parameters, logits and losses stay float32."""
+    remat: bool = False
+    """Recompute the blocks' insides in the backward pass: less memory, more time."""
+    recipe: str | None = None
+    """ldam or strong: a training protocol by name, which sets the flags below; flags given beside it count."""
     epochs: int = 60
     """Passes over the training data."""
     batch_size: int = 64
     """Samples per step; the last partial batch of an epoch is dropped."""
+    accumulate: int = 1
+    """Steps whose gradients are averaged for one update."""
     learning_rate: float = 0.1
     """Base learning rate of SGD."""
     momentum: float = 0.9
@@ -58,13 +82,54 @@ class Settings:
     weight_decay: float = 5e-4
     """Coupled weight decay, on all parameters."""
     schedule: str = "cosine"
-    """cosine (to zero) or constant, after the warm-up."""
+    """cosine (to zero), step or constant, after the warm-up."""
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up."""
+    milestones: tuple[float, ...] = ()
+    """Epochs after which the step schedule lowers the learning rate."""
+    decay: float | tuple[float, ...] = 0.1
+    """One factor for every milestone, or the whole factor from each milestone on."""
     augment: bool | None = None
     """Random crops (padding an eighth of the width) and flips; if not given: for colour images only."""
+    pad: int | None = None
+    """Pixels of padding before the random crop; --augment decides if not given."""
+    flip: bool | None = None
+    """Random flips; --augment decides if not given."""
+    cutout: int = 0
+    """Edge of Cutout's square; 0: none."""
+    randaugment: int = 0
+    """RandAugment's operations per image; 0: none."""
+    magnitude: float = 9.0
+    """RandAugment's magnitude, 0 to 30."""
     plugin: tuple[str, ...] = ()
     """Python files with methods of your own (functions under @pj.method)."""
+    devices: int | None = None
+    """Devices that share every batch; if not given: all GPUs or TPUs, one CPU, all of several processes."""
+    parallel: str = "jit"
+    """jit (the numbers of one device) or pmap (per-device code: BatchNorm and mixing within each device's share)."""
+    stream: bool | None = None
+    """Send images to the device batch by batch; if not given: when they don't fit there."""
+    steps_per_call: int | None = None
+    """Steps in one device call; 1 on CPU and 100 elsewhere if not given."""
+    checkpoint_seconds: float = 60.0
+    """At least so long between two checkpoints; there is always one at the end."""
+    log_every: int = 0
+    """Steps between two lines of metrics.jsonl within an epoch; 0: one line per epoch."""
+    tensorboard: bool = False
+    """Write TensorBoard events too (pip install tensorboardX)."""
+    coordinator: str | None = None
+    """host:port of process 0, for training on several machines; give it, --num-processes and --process-id to each process."""
+    num_processes: int = 1
+    """Processes that train together."""
+    process_id: int = 0
+    """Number of this process, from 0."""
+
+
+RUNTIME = (
+    "out", "plugin", "devices", "parallel", "stream", "steps_per_call", "checkpoint_seconds", "log_every", "tensorboard", "coordinator",
+    "num_processes", "process_id", "cost_rounds", "vmapped",
+)  # fmt: skip
+"""Flags that say where and how fast, not what: a run may go on with others."""
 
 
 def first_flags(argv: Sequence[str], settings: type, epilogue: str) -> Any:
@@ -95,9 +160,82 @@ def first_flags(argv: Sequence[str], settings: type, epilogue: str) -> Any:
         defaults = chosen
     elif smoke:
         raise ValueError("--smoke needs a config, got none. Write --config small_longtail --smoke.")
-    return tyro.cli(
+    typed = value_of(argv, "--recipe")
+    if named := (typed or [defaults.get("recipe")])[-1]:
+        flags = flags_of_recipe(named, (value_of(argv, "--epochs") or [defaults.get("epochs")])[-1])
+        # The nearer word counts: a flag of the config beside its own recipe, a recipe on the command line before the config.
+        defaults = defaults | flags if typed else flags | defaults
+    chosen = tyro.cli(
         settings, args=argv, default=settings(**defaults), description=epilogue, config=(tyro.conf.OmitArgPrefixes,)
     )
+    begin(chosen)
+    return chosen
+
+
+def flags_of_recipe(name: str, epochs: str | int | None) -> dict[str, Any]:
+    """A named recipe's flags for a run of that many epochs (None: its own number)."""
+    try:
+        flags = recipe_flags(name, None if epochs is None else int(epochs))
+    except ValueError as error:
+        raise ValueError(f"--recipe {name} --epochs {epochs}: {error}") from error
+    del flags["pad"], flags["flip"]  # --augment has both, and pads by the images' own size
+    return flags | {"recipe": name, "augment": True}
+
+
+def begin(settings: Settings) -> None:
+    """Joins the other processes, if there are any, before anything else touches JAX."""
+    if settings.coordinator is not None:
+        start_processes(settings.coordinator, settings.num_processes, settings.process_id)
+    elif settings.num_processes != 1 or settings.process_id:
+        raise ValueError("--num-processes and --process-id need --coordinator host:port, got none.")
+
+
+def options(settings: Settings, folder: pathlib.Path | None = None) -> Options:
+    """How to train, from the flags; with --tensorboard, events go to `folder`/tensorboard."""
+    several = jax.process_count() > 1
+    if several and settings.devices not in (None, jax.device_count()):
+        raise ValueError(
+            f"--devices needs all {jax.device_count()} devices with several processes, got {settings.devices}. Leave it out."
+        )
+    every = jax.device_count() if several or jax.default_backend() != "cpu" else 1
+    main = jax.process_index() == 0
+    return Options(
+        devices=Devices(settings.devices or every, settings.parallel),
+        steps_per_call=settings.steps_per_call,
+        stream=settings.stream,
+        checkpoint_seconds=settings.checkpoint_seconds,
+        log_every=settings.log_every,
+        on_line=tensorboard(folder / "tensorboard") if settings.tensorboard and folder is not None and main else None,
+        say=(lambda text: print(text, file=sys.stderr)) if main else (lambda text: None),
+    )
+
+
+def tensorboard(folder: pathlib.Path) -> Callable[[dict], None]:
+    """A function that writes a line of the log as TensorBoard scalars."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs tensorboardX, got no such module. Write: pip install tensorboardX") from error
+    writers: dict[str, Any] = {}
+
+    def write(line: dict) -> None:
+        run = "-".join(str(line[key]) for key in ("method", "seed") if key in line)
+        if run not in writers:  # what an interrupted run wrote after its checkpoint is hidden
+            writers[run] = SummaryWriter(str(folder / slug(run)), purge_step=line["step"])
+        for name, value in line.items():
+            if isinstance(value, float):
+                writers[run].add_scalar(name, value, line["step"])
+        writers[run].flush()
+
+    return write
+
+
+def identity(settings: Settings, dataset: Dataset, **more: Any) -> dict[str, Any]:
+    """The settings and data that make a run what it is, for its folder; `more` is what the run adds to them."""
+    kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in (*RUNTIME, "methods", "seeds")}
+    # The data by name, since its path may change; its labels and the choice of samples by their hash.
+    found = {"data": dataset.name, "train_size": len(dataset.train_labels), "subset_hash": dataset.subset_hash}
+    return kept | found | more
 
 
 def value_of(argv: list[str], flag: str, *, remove: bool = False) -> list[str]:
@@ -172,29 +310,45 @@ def load_view(settings: Settings, seed: int) -> Dataset:
     if settings.view.strip() not in ("", "none"):
         chain = spec.resolve(spec.parse_chain(settings.view), VIEWS)
         views = tuple(VIEWS[call.name](**dict(call.kwargs)) for call in chain)
-    return check(apply_views(source(settings.data), views, seed))
+    return check_duplicates(check(apply_views(source(settings.data, settings.image_size), views, seed)))
 
 
 @functools.cache
-def source(name: str) -> Dataset:
+def source(name: str, image_size: int | None = None) -> Dataset:
     """The data set without views, read once."""
-    return load(name)
+    return load(name, image_size=image_size)
+
+
+def print_notes(dataset: Dataset, console: Console) -> None:
+    """What the data's reader wants people to know."""
+    for note in dataset.notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False)
 
 
 def make_recipe(settings: Settings, dataset: Dataset, method: Method) -> Recipe:
     """The static part of a run."""
     mean, std = dataset.channel_stats()
     std = tuple(s if s > 0 else 1.0 for s in std)  # a constant channel stays constant
-    augment = dataset.image_shape[-1] == 3 if settings.augment is None else settings.augment
     model = create(
         settings.model, num_classes=dataset.num_classes, mean=mean, std=std, width=settings.width, head=settings.head,
-        dropout=settings.dropout, dtype=jnp.bfloat16 if settings.bfloat16 else jnp.float32,
+        dropout=settings.dropout, dtype=jnp.bfloat16 if settings.bfloat16 else jnp.float32, remat=settings.remat,
     )  # fmt: skip
     return Recipe(
         model=model, build=method, num_classes=dataset.num_classes, num_examples=len(dataset.train_labels),
-        batch_size=settings.batch_size, epochs=settings.epochs, schedule=settings.schedule,
-        warmup_epochs=settings.warmup_epochs, momentum=settings.momentum > 0, nesterov=settings.nesterov,
-        pad=max(1, dataset.image_shape[0] // 8) if augment else 0, flip=augment,
+        batch_size=settings.batch_size, epochs=settings.epochs,
+        schedule=Schedule(settings.schedule, settings.warmup_epochs, settings.milestones, settings.decay),
+        momentum=settings.momentum > 0, nesterov=settings.nesterov, augmentation=augmentation(settings, dataset, mean),
+        accumulate=settings.accumulate,
+    )  # fmt: skip
+
+
+def augmentation(settings: Settings, dataset: Dataset, mean: tuple[float, ...]) -> Augmentation:
+    """What the flags ask for; crops and flips are for colour images if nothing is said. Cutout leaves the channels' means."""
+    usual = dataset.image_shape[-1] == 3 if settings.augment is None else settings.augment
+    pad = max(1, dataset.image_shape[0] // 8) if usual else 0
+    return Augmentation(
+        pad=pad if settings.pad is None else settings.pad, flip=usual if settings.flip is None else settings.flip,
+        cutout=settings.cutout, randaugment=settings.randaugment, magnitude=settings.magnitude, grey=mean,
     )  # fmt: skip
 
 
@@ -212,7 +366,7 @@ def check_runs(settings: Settings, dataset: Dataset, methods: Mapping[str, tuple
     """Builds every method once on the host, so that a wrong setting ends the program before anything is trained."""
     for typed, (method, numbers) in methods.items():
         try:
-            init_state(make_recipe(settings, dataset, method), make_numbers(settings, numbers), device_data(dataset), 0)
+            init_state(make_recipe(settings, dataset, method), make_numbers(settings, numbers), sample_data(dataset), 0)
         except ValueError as error:
             raise ValueError(f"{typed}: {error}") from error
 
@@ -239,6 +393,8 @@ def record(histories: Sequence[History], datasets: Sequence[Dataset]) -> dict:
         "gradient_evaluations": float(np.mean([h.gradient_evaluations for h in histories])),
         "inner_evaluations": float(np.mean([h.inner_evaluations for h in histories])),
         "seconds": float(np.sum([h.seconds for h in histories])),
+        "examples_per_second": float(np.mean([h.examples_per_second for h in histories])),
+        "peak_memory_bytes": max(h.peak_memory for h in histories),
         "learning_curve": {
             "epoch": list(range(1, len(histories[0].accuracy) + 1)),
             "accuracy": [h.accuracy for h in histories],
@@ -256,13 +412,14 @@ def results_of(settings: Any, datasets: Sequence[Dataset], seeds: Sequence[int],
         "command": command_line(),
         "versions": versions(),
         "data": {
-            "name": pathlib.Path(settings.data).name,
+            "name": first.name,
             "train_size": len(first.train_labels),
             "test_size": len(first.test_labels),
             "class_counts": [int(n) for n in first.class_counts],
             "class_names": list(first.class_names),
             "subset_hash": [d.subset_hash for d in datasets],
             "views": list(first.views),
+            "notes": list(first.notes),
             "image_shape": list(first.image_shape),
         },
         "settings": dataclasses.asdict(settings) | {"seeds": list(seeds)},
@@ -294,33 +451,45 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-") or "none"
 
 
-def prepare_out(out: str | None, script: str, settings: Settings) -> pathlib.Path:
-    """The output folder, made and tried for writing before any training."""
-    name = f"{script}-{slug(pathlib.Path(settings.data).stem)}-{slug(settings.view)}"
-    folder = pathlib.Path("runs") / name if out is None else pathlib.Path(out)
+def prepare_out(out: str | None, script: str, view: str, identity: dict) -> RunFolder:
+    """The output folder, made, locked and claimed for these settings before any training.
+
+    Without --out: runs/SCRIPT-DATA-VIEW, or that name with -2, -3 …, the first one that is new or was begun with these settings.
+    """
+    if out is not None:
+        return claimed(pathlib.Path(out), identity)
+    name = f"{script}-{slug(identity['data'])}-{slug(view)}"
+    for number in itertools.count(1):
+        with contextlib.suppress(OtherSettings):
+            return claimed(pathlib.Path("runs") / (name if number == 1 else f"{name}-{number}"), identity)
+    raise AssertionError  # the count has no end
+
+
+def claimed(path: pathlib.Path, identity: dict) -> RunFolder:
+    """The folder, begun with these settings; unlocked again if it was begun with others."""
+    folder = RunFolder(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"--out needs a folder that can be written, got {str(folder)!r} ({error.strerror}). Name another one."
-        ) from error
+        folder.claim(identity)
+    except ValueError:  # whatever is wrong with it
+        folder.close()
+        raise
     return folder
 
 
 def start(main: Callable[[list[str]], None]) -> None:
-    """Runs a script's main: a clear error becomes one line and exit code 2; Ctrl-C says what was lost."""
+    """Runs a script's main: a clear error becomes one line and exit code 2; SIGTERM and Ctrl-C say how to go on."""
     cache = pathlib.Path.home() / ".cache" / "perturbjax" / "xla"
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(128 + stop.signal_number) from None
     except KeyboardInterrupt:
-        print("interrupted: nothing was written. The same command starts again.", file=sys.stderr)
+        print("interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -3,17 +3,21 @@
     python experiments/train.py --method "la+lpl(bound=varied)" --seed 3 --out DIR
     python experiments/train.py --list
 
-Writes results.json (the form of compare.py's, with one method and one seed) and report.html to --out, and prints the table.
+Writes to --out: metrics.jsonl (a line per epoch), checkpoints/, and at the end results.json (the form of compare.py's, with one method
+and one seed) and report.html; prints the table. Interrupted in any way, the same command goes on from the last checkpoint and ends
+with the same numbers, bit for bit; on a finished folder it prints the results.
 """
 
 import dataclasses
+import json
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import shared
 from perturbjax.analysis import print_table, save_results, write_report
-from perturbjax.training import fit
+from perturbjax.training import History, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,24 +42,40 @@ def main(argv: list[str]) -> None:
         )
     if settings.seed < 0:
         raise ValueError(f"--seed needs a number of at least 0, got {settings.seed}.")
-    out = shared.prepare_out(settings.out, "train", settings)
+    [(typed, (method, numbers))] = methods.items()
     dataset = shared.load_view(settings, settings.seed)
     shared.check_runs(settings, dataset, methods)
+    with shared.prepare_out(settings.out, "train", settings.view, shared.identity(settings, dataset, method=typed)) as folder:
+        console, results_file = Console(quiet=jax.process_index() > 0), folder.path / "results.json"
+        shared.print_notes(dataset, console)
+        if folder.finished.exists() and results_file.exists():
+            print_table(json.loads(results_file.read_text()), console)
+            console.print(f"Finished before, in {folder.path}.", soft_wrap=True, highlight=False)
+            return
+        if folder.finished.exists():  # ended between the two files
+            history = History.load(folder.finished)
+        else:
+            history = train(settings, shared.make_recipe(settings, dataset, method), dataset, numbers, folder, console)
+        results = shared.results_of(settings, [dataset], [settings.seed], {typed: shared.record([history], [dataset])})
+        if jax.process_index() == 0:
+            history.save(folder.finished)
+            write_report(results, folder.path / "report.html")
+            save_results(results, results_file)
+        print_table(results, console)
+        console.print(f"Wrote {results_file} and {folder.path / 'report.html'}", soft_wrap=True, highlight=False)
 
-    console = Console()
-    [(typed, (method, numbers))] = methods.items()
-    recipe = shared.make_recipe(settings, dataset, method)
+
+def train(settings: TrainSettings, recipe, dataset, numbers, folder, console: Console) -> History:
+    """The run, with its progress on the terminal."""
     columns = (TextColumn("epoch"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=settings.epochs)
         describe = lambda found: f"loss {found['loss']:.3f}, test accuracy {100 * found['accuracy']:.1f}"
-        tick = lambda epoch, found: progress.update(bar, advance=1, description=describe(found))
-        history = fit(recipe, dataset, shared.make_numbers(settings, numbers), settings.seed, on_epoch=tick)
-    results = shared.results_of(settings, [dataset], [settings.seed], {typed: shared.record([history], [dataset])})
-    save_results(results, out / "results.json")
-    write_report(results, out / "report.html")
-    print_table(results, console)
-    console.print(f"Wrote {out / 'results.json'} and {out / 'report.html'}", soft_wrap=True, highlight=False)
+        tick = lambda epoch, found: progress.update(bar, completed=epoch + 1, description=describe(found))
+        return fit(
+            recipe, dataset, shared.make_numbers(settings, numbers), settings.seed, on_epoch=tick, folder=folder,
+            options=shared.options(settings, folder.path),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ class Slot:
 WORD = r"[^\W\d][\w.-]*"
 NUMBER = r"-?(?:inf|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)(?![\w.])"
 STRING = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
-KINDS = dict(number=NUMBER, word=WORD, string=STRING, mark=r"[-(),=+/\[\]]", end=r"\Z")
+PATH = r"[~\w./@:-]*\w\.(?:npz|npy|txt|csv)(?![\w./-])"  # of a data file, without quotes; no name of a method ends so
+KINDS = dict(path=PATH, number=NUMBER, word=WORD, string=STRING, mark=r"[-(),=+/\[\]]", end=r"\Z")
 TOKEN = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in KINDS.items()), re.DOTALL)
 CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "none": None, "None": None}
 

@@ -1,21 +1,42 @@
 """Data: names to arrays (`load`), seeded views of them (`VIEWS`), batches, and augmentation on the device."""
 
-from perturbjax.data.batches import augment, epoch_order, evaluation_batches
+from perturbjax.data.augment import Augmentation, augment
+from perturbjax.data.batches import epoch_order, evaluation_batches
 from perturbjax.data.dataset import Dataset, check
+from perturbjax.data.duplicates import check_duplicates
 from perturbjax.data.sources import SOURCES, load
-from perturbjax.data.views import VIEWS, Seed, View, apply_views, longtail, longtail_counts, noise, shrink, thin, validation
+from perturbjax.data.views import (
+    VIEWS,
+    Seed,
+    View,
+    apply_views,
+    drop_duplicates,
+    labels,
+    leave_out,
+    longtail,
+    longtail_counts,
+    noise,
+    shrink,
+    thin,
+    validation,
+)
 
 __all__ = [
     "SOURCES",
     "VIEWS",
+    "Augmentation",
     "Dataset",
     "Seed",
     "View",
     "apply_views",
     "augment",
     "check",
+    "check_duplicates",
+    "drop_duplicates",
     "epoch_order",
     "evaluation_batches",
+    "labels",
+    "leave_out",
     "load",
     "longtail",
     "longtail_counts",

@@ -1,10 +1,8 @@
-"""Which samples make a batch (numpy, on the host), and random crops and flips (JAX, on the device).
+"""Which samples make a batch (numpy, on the host).
 
 Everything is a function of its arguments: a run that is resumed at epoch 7 sees the batches it would have seen.
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -51,37 +49,3 @@ def evaluation_batches(num_examples: int, batch_size: int) -> tuple[np.ndarray, 
     steps = -(-num_examples // batch_size)
     index = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
     return np.minimum(index, np.int32(num_examples - 1)), (index < num_examples).astype(np.float32)
-
-
-def augment(images: jax.Array, key: jax.Array, index: jax.Array, *, pad: int, flip: bool) -> jax.Array:
-    """Random crop after zero padding, and horizontal flip with probability 1/2: [B, H, W, channels], dtype unchanged.
-
-    Sample i draws from fold_in(key, index[i]): its crop does not depend on its place in the batch, or on how the batch
-    is split over devices. Pass another key at each step (fold_in(key, step)). Zero is black for pixels in 0..255 or
-    [0, 1], so augment before normalising, as the papers' pipelines do.
-
-    Args:
-      images: [B, H, W, channels], any dtype. key: one PRNG key. index: [B] integers, positions in the training set.
-      pad: static, pixels on each side; every of the (2·pad + 1)² crops is equally likely; 0: no crop. flip: static.
-    """
-    if images.ndim != 4 or index.shape != images.shape[:1]:
-        raise ValueError(
-            f"augment needs images [B, H, W, channels] and index [B], got {images.shape} and {index.shape}. "
-            "For one image, write images[None] and index[None]."
-        )
-    if pad < 0:
-        raise ValueError(f"augment needs pad >= 0, got {pad}. Write pad=0 for no crop.")
-    if not pad and not flip:
-        return images
-
-    def one(image, i):
-        crop_key, flip_key = jax.random.split(jax.random.fold_in(key, i))
-        if pad:
-            top, left = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)
-            padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
-            image = jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
-        if flip:
-            image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-        return image
-
-    return jax.vmap(one)(images, index)

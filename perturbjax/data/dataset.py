@@ -2,10 +2,12 @@
 
 import dataclasses
 import hashlib
+import math
+from collections.abc import Iterator
 
 import numpy as np
 
-BLOCK = 1024  # images converted to float64 at a time, so that statistics of a large uint8 set need no copy of it
+BLOCK, BLOCK_VALUES = 1024, 2**22  # images, and pixel values, worked on at a time: nothing needs a copy of a large set
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -33,12 +35,16 @@ class Dataset:
     validation_images: np.ndarray | None = None  # [V, H, W, channels]
     validation_labels: np.ndarray | None = None  # [V] int32
     views: tuple[str, ...] = ()  # what was applied to the source, in order, with seeds
+    notes: tuple[str, ...] = ()  # what a reader of the results should know: one sentence each
+    source_size: int | None = None  # how many samples train_index counts, itself in 0..source_size-1; None: not known
 
     def __post_init__(self):
         if self.true_labels is None:
             object.__setattr__(self, "true_labels", self.train_labels)
         if self.train_index is None:
             object.__setattr__(self, "train_index", np.arange(len(self.train_labels), dtype=np.int32))
+            if self.source_size is None:
+                object.__setattr__(self, "source_size", len(self.train_labels))
 
     def __repr__(self):
         counts, shape = self.class_counts, "x".join(map(str, self.image_shape))
@@ -84,7 +90,7 @@ class Dataset:
         """
         scale = 255.0 if self.train_images.dtype == np.uint8 else 1.0
         rows, channels = self.train_images.reshape(len(self.train_images), -1), self.image_shape[-1]
-        blocks = lambda: (rows[i : i + BLOCK].astype(np.float64) for i in range(0, len(rows), BLOCK))
+        blocks = lambda: (rows[block].astype(np.float64) for block in in_blocks(rows))
         average = lambda parts: sum(part.sum(0) for part in parts).reshape(-1, channels).sum(0) * (channels / rows.size)
         mean = average(blocks())
         centre = np.tile(mean, rows.shape[1] // channels)
@@ -141,6 +147,12 @@ def check(dataset: Dataset) -> Dataset:
             f"check needs train_index{of} as {len(train_labels)} integers, got {train_index.dtype} "
             f"{list(train_index.shape)}. Leave it out to number the training samples in order."
         )
+    size = d.source_size
+    if size is not None and (train_index.min() < 0 or train_index.max() >= size):
+        raise ValueError(
+            f"check needs train_index{of} in 0..{size - 1} for source_size {size}, got {train_index.min()} to "
+            f"{train_index.max()}. Give the size of the set that it counts in, or leave source_size out."
+        )
     return dataclasses.replace(
         dataset,
         train_images=train_images,
@@ -155,8 +167,11 @@ def check(dataset: Dataset) -> Dataset:
 
 
 def as_images(what: str, images: np.ndarray) -> np.ndarray:
-    """[N, H, W, channels], uint8 as it is and floats as float32 in [0, 1]; `what` names the array in errors."""
-    images = np.asarray(images)
+    """[N, H, W, channels], uint8 as it is and floats as float32 in [0, 1]; `what` names the array in errors.
+
+    An np.memmap stays one, so that whoever trains on it can see that it lies in a file.
+    """
+    images = images if isinstance(images, np.memmap) else np.asarray(images)
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise ValueError(
             f"check needs {what} as uint8 or as floats in [0, 1], got dtype {images.dtype}. "
@@ -247,6 +262,12 @@ def name_classes(names, *labels: np.ndarray) -> tuple[str, ...]:
     # more classes than samples cannot all have one: stop there, so that a label 10**9 is reported instead of counted
     count = min(max((int(x.max()) + 1 for x in integers), default=0), sum(x.size for x in integers))
     return tuple(map(str, range(max(count, 0))))
+
+
+def in_blocks(images: np.ndarray) -> Iterator[slice]:
+    """Slices that cover axis 0, each of at most BLOCK images and BLOCK_VALUES values (one image where that is larger)."""
+    step = min(BLOCK, max(1, BLOCK_VALUES // max(1, math.prod(images.shape[1:]))))
+    return (slice(start, start + step) for start in range(0, len(images), step))
 
 
 def take(dataset: Dataset, positions: np.ndarray) -> Dataset:

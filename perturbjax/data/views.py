@@ -4,19 +4,25 @@ A factory takes the numbers and checks them; the view it returns draws. A seed i
 The same (view, seed) on the same data gives the same samples; every view draws from a stream of its own, so that noise
 and validation with one seed are independent. `apply_views` runs a chain and derives a seed for each place in it.
 
-Order matters, left to right. `validation` before `noise` keeps the validation labels clean, before `longtail` balanced;
-after them the validation set is as noisy and as skewed as the training set, which is what one has in practice.
+Order matters, left to right. `validation` before `noise` or `labels` keeps the validation labels clean, before `longtail`
+balanced; after them the validation set is as noisy and as skewed as the training set, which is what one has in practice.
+`drop_duplicates` and `leave_out` come before all others.
 """
 
 import bisect
 import dataclasses
 import math
 import numbers
+import os
+import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from perturbjax.data.dataset import Dataset, draw, stratified, take
+from perturbjax.checks import nearest
+from perturbjax.data.dataset import Dataset, draw, in_blocks, stratified, take
+from perturbjax.data.duplicates import repeated
+from perturbjax.data.label_file import as_numbers, read_labels
 
 Seed = int | Sequence[int]
 View = Callable[[Dataset, Seed], Dataset]
@@ -207,12 +213,154 @@ def _pool(images: np.ndarray, size: int) -> np.ndarray:
     """[N, size, size, channels] block means in the dtype of images."""
     rows, cols = images.shape[1] // size, images.shape[2] // size
     exact = np.uint32 if images.dtype == np.uint8 else np.float64
-    total = np.zeros((len(images), size, size, images.shape[3]), exact)
-    for i in range(rows):
-        for j in range(cols):
-            total += images[:, i::rows, j::cols]
-    mean = total / (rows * cols)
-    return (np.rint(mean) if images.dtype == np.uint8 else mean).astype(images.dtype)
+    out = np.empty((len(images), size, size, images.shape[3]), images.dtype)
+    for block in in_blocks(images):
+        total = sum(images[block, i::rows, j::cols].astype(exact) for i in range(rows) for j in range(cols))
+        mean = total / (rows * cols)
+        out[block] = np.rint(mean) if images.dtype == np.uint8 else mean
+    return out
+
+
+def labels(file: str | os.PathLike, key: str | None = None) -> View:
+    """Training labels from a file, such as people's mistaken ones; `true_labels` keeps the labels from before.
+
+    The file has a label for every sample of the source, in its order; `dataset.train_index` picks those that are trained on,
+    so that this may come before or after views that thin the set. A file with a label for every training sample as loaded,
+    where that is another number (sources that are split by `load`, or carry a train_index), has to come first in the chain.
+    A note tells how many labels changed. Test and validation labels are left alone.
+
+    Args:
+      file: .npz, .npy (integers or class names [N]), or .txt, .csv (an integer or a class name a line, no heading).
+      key: the array of an .npz file; not needed if it has one only.
+
+    Raises:
+      ValueError: wrong key, form or file; when applied, labels out of range, too many or too few of them, or a file whose
+      array clean_label (CIFAR-N has it) are not the labels of this data: then it is in another order. FileNotFoundError.
+    """
+    given = read_labels(file, key)
+
+    def transform(dataset, rng):
+        del rng  # nothing is drawn
+        values = as_numbers(given, dataset.class_names)
+        order = _source_order(dataset, len(values), given.where)
+        values = values[order]
+        if given.clean is not None and given.clean.shape == given.values.shape:
+            other = np.flatnonzero(given.clean[order] != dataset.true_labels)
+            if other.size:
+                raise ValueError(
+                    f"labels needs a file in the order of {dataset.name}, got {given.where}, whose clean_label is not the data's "
+                    f"label for {other.size} of {len(order)} samples (the first: training sample {other[0]}). "
+                    "Take the authors' version of the data: others, such as tensorflow_datasets', are shuffled."
+                )
+        changed = np.count_nonzero(values != dataset.true_labels)
+        note = f"Of the labels in {given.where}, {changed} of {len(values)} ({changed / len(values):.2%}) are not the source's."
+        return dataclasses.replace(dataset, train_labels=values, notes=(*dataset.notes, note))
+
+    settings = {"file": pathlib.Path(file).name, **({} if key is None else {"key": key})}  # names: not this machine's folders
+    return _view("labels", transform, seeded=False, **settings)
+
+
+def _source_order(dataset: Dataset, count: int, where: str) -> np.ndarray:
+    """[N] integers, the position of each training sample in a file of `count` labels."""
+    size, last = dataset.source_size, int(dataset.train_index.max())
+    if count == size or (size is None and count > last):
+        return dataset.train_index
+    if count == len(dataset.train_labels) and not dataset.views:
+        return np.arange(count)
+    wanted = f"{size}" if size is not None else f"at least {last + 1}"
+    loaded = "" if dataset.views else f", or {len(dataset.train_labels)}, one for each training sample"
+    raise ValueError(
+        f"labels needs a label for each sample of {dataset.name} ({wanted}{loaded}), got {count} in {where}. Give the labels "
+        "of the whole set, in its order; labels of the training samples as loaded have to be the first view."
+    )
+
+
+def leave_out(domain: str | int) -> View:
+    """Leave-one-domain-out: trains on all other domains, tests on all samples of this one.
+
+    The domain's training and test samples, with their true labels, are the test set. Of the other domains the training
+    samples stay the training set; their test samples are the validation set, as in DomainBed (so that nothing is chosen by
+    looking at the left-out domain). Needs domains of training and test samples: a folder FOLDER/domain/class/image, or an
+    .npz with images, labels and domains. Comes before views that thin the set, or else they thin the test set, too.
+
+    Args:
+      domain: its name, or its position in domain_names (a name that is a number goes first).
+    """
+    whole = isinstance(domain, numbers.Integral) and not isinstance(domain, bool)
+    if not whole and not isinstance(domain, str):
+        raise ValueError(f"leave_out needs a domain's name or number, got {domain!r}. Write leave_out(0).")
+
+    def transform(dataset, rng):
+        del rng  # nothing is drawn
+        held = _domain(dataset, domain)
+        train_out, test_out = dataset.train_domains == held, dataset.test_domains == held
+        others = [n for n in np.unique(dataset.test_domains[~test_out]) if not (dataset.train_domains == n).any()]
+        if others:
+            name = dataset.domain_names[others[0]]
+            raise ValueError(
+                f"leave_out needs training samples of all other domains of {dataset.name}, got test samples only of {name!r}. "
+                f"Write leave_out({name!r}), or give the whole set unsplit: np.savez(path, images=..., labels=..., domains=...)."
+            )
+        if train_out.all() or not (train_out.any() or test_out.any()):
+            raise ValueError(
+                f"leave_out needs samples in {dataset.domain_names[held]!r} and in another domain of {dataset.name}, got "
+                f"{train_out.sum() + test_out.sum()} in it and {(~train_out).sum()} in others. Name another domain."
+            )
+        join = lambda train, test: np.concatenate([train[train_out], test[test_out]])
+        validation = (None, None) if test_out.all() else (dataset.test_images[~test_out], dataset.test_labels[~test_out])
+        return dataclasses.replace(
+            take(dataset, np.flatnonzero(~train_out)),
+            test_images=join(dataset.train_images, dataset.test_images),
+            test_labels=join(dataset.true_labels, dataset.test_labels),
+            test_domains=join(dataset.train_domains, dataset.test_domains),
+            validation_images=validation[0],
+            validation_labels=validation[1],
+        )
+
+    return _view("leave_out", transform, seeded=False, domain=domain)
+
+
+def _domain(dataset: Dataset, domain: str | int) -> int:
+    """The number of a domain, once it is sure that there are domains to leave out."""
+    names = dataset.domain_names
+    if dataset.train_domains is None or dataset.test_domains is None:
+        got = "none" if dataset.train_domains is None and dataset.test_domains is None else "those of one part only"
+        raise ValueError(
+            f"leave_out needs domains of the training and the test samples of {dataset.name}, got {got}. Give a folder "
+            "FOLDER/domain/class/image, or np.savez(path, images=..., labels=..., domains=..., domain_names=...)."
+        )
+    if dataset.validation_images is not None:
+        raise ValueError(
+            f"leave_out needs a data set without a validation set, got {len(dataset.validation_labels)} samples in one, of "
+            "unknown domains. Put leave_out before validation, which is then not needed."
+        )
+    if str(domain) in names:
+        return names.index(str(domain))
+    if not isinstance(domain, str) and 0 <= domain < len(names):
+        return int(domain)
+    raise ValueError(f"leave_out needs a domain of {dataset.name}, got {domain!r}. {nearest(str(domain), names)}")
+
+
+def drop_duplicates() -> View:
+    """Drops training samples whose image is in the test or the validation set, bit for bit. Put it first: see
+    `check_duplicates`. Images that are only repeated within the training set stay."""
+
+    def transform(dataset, rng):
+        del rng  # nothing is drawn
+        known = repeated(dataset)
+        empty = np.bincount(dataset.train_labels[~known], minlength=dataset.num_classes) == 0
+        if empty.any():
+            c = int(np.argmax(empty))
+            raise ValueError(
+                f"drop_duplicates needs to leave every class a training sample, got {known.sum()} duplicates among "
+                f"{len(known)}, without which class {c} ({dataset.class_names[c]!r}) has none. Give another test set: "
+                "np.savez(path, images=..., labels=...) lets load split one off."
+            )
+        note = f"{dataset.name}: {known.sum()} training images that are in the test or validation set were dropped."
+        kept = take(dataset, np.flatnonzero(~known)) if known.any() else dataset
+        return dataclasses.replace(kept, notes=(*kept.notes, note))
+
+    return _view("drop_duplicates", transform, seeded=False)
 
 
 VIEWS: dict[str, Callable[..., View]] = {
@@ -221,6 +369,9 @@ VIEWS: dict[str, Callable[..., View]] = {
     "validation": validation,
     "thin": thin,
     "shrink": shrink,
+    "labels": labels,
+    "leave_out": leave_out,
+    "drop_duplicates": drop_duplicates,
 }
 
 

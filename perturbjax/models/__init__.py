@@ -53,6 +53,7 @@ def create(
     head: str = "linear",
     dropout: float = 0.0,
     conv: str = "canonical",
+    remat: bool = False,
     **options,
 ) -> Net:
     """The model of that name.
@@ -61,7 +62,8 @@ def create(
       name: one of NAMES. num_classes: C. mean, std: of the pixels in [0, 1], one number per channel.
       width: channels of the first layer (default 16); for the mlp the size of the first hidden layer, the second has half of it.
       dtype: of the layers' arithmetic (parameters are float32). head: "linear" or "cosine". dropout: rate inside the stages.
-      conv: "canonical", or "lax" for forward mode; the mlp ignores it. options: the model's own fields (`hidden`, `num_stages`, ...).
+      conv: "canonical", or "lax" for forward mode. remat: recompute each block in the backward pass, for memory; the mlp ignores
+        both. options: the model's own fields (`hidden`, `num_stages`, ...).
     """
     if name not in _MODELS:
         nearest = difflib.get_close_matches(str(name), NAMES, n=1, cutoff=0.0)[0]
@@ -69,6 +71,6 @@ def create(
     if name == "mlp":
         options = {"hidden": (width, width // 2)} | options if width else options
     else:
-        options |= {"conv": conv, "width": width} if width else {"conv": conv}
+        options |= {"conv": conv, "remat": remat} | ({"width": width} if width else {})
     mean, std = (tuple(float(number) for number in numbers) for numbers in (mean, std))
     return _MODELS[name](num_classes=num_classes, mean=mean, std=std, dtype=dtype, head=head, dropout=dropout, **options)

@@ -1,5 +1,6 @@
 """What the convolutional models are made of."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,10 +39,16 @@ class Ops(NamedTuple):
 
 
 class ConvNet(Net, kw_only=True):
-    """width: channels of the stem. conv: "canonical" (fast inside loops on CPU) or "lax" (allows forward mode)."""
+    """width: channels of the stem. conv: "canonical" (fast inside loops on CPU) or "lax" (allows forward mode).
+
+    remat: keep only what goes from block to block for the backward pass, and compute the inside of each block once more there: less
+    memory, up to a third more work, the same numbers to rounding and the same variables. On a CPU, XLA takes the two computations
+    for one and saves nothing, unless it compiles under KEEP_REMAT.
+    """
 
     width: int = 16
     conv: str = "canonical"
+    remat: bool = False
 
     fan = "fan_in"  # of He's initialisation
 
@@ -55,6 +62,18 @@ class ConvNet(Net, kw_only=True):
     def ops(self, train: bool) -> Ops:
         he = nn.initializers.variance_scaling(2.0, self.fan, "normal")
         return Ops(CONVOLUTIONS[self.conv], he, self.dropout, self.dtype, train)
+
+    def block(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """This kind of block, recomputed in the backward pass if `remat`. Blocks are named where they are made: names stay."""
+        return _recomputed(kind) if self.remat else kind
+
+
+_recomputed = functools.cache(nn.remat)  # one class per kind, however often the layers are listed
+
+KEEP_REMAT = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+"""Compiler options, `jax.jit(step, compiler_options=KEEP_REMAT)`, under which remat saves memory on a CPU; GPUs and TPUs need none.
+Compiled for the CPU, the gradient of resnet20 on 128 images of 32x32 needs 88 MiB with remat, 284 MiB without; that of resnet110 on
+32 images 77 and 389 MiB. Not measured on GPUs."""
 
 
 class Unit(nn.Module):

@@ -20,8 +20,8 @@ class CNN(ConvNet, kw_only=True):
 
     def layers(self, train):
         ops = self.ops(train)
-        stages = {f"stage{i}": partial(Halving, self.width * 2**i, ops) for i in range(1, self.num_stages + 1)}
-        return {"stem": partial(Unit, self.width, 1, ops)} | stages | {"features": Features}
+        stages = {f"stage{i}": partial(self.block(Halving), self.width * 2**i, ops) for i in range(1, self.num_stages + 1)}
+        return {"stem": partial(self.block(Unit), self.width, 1, ops)} | stages | {"features": Features}
 
 
 class Halving(nn.Module):

@@ -34,7 +34,7 @@ class Residual(ConvNet, kw_only=True):
 
     def stages(self, block, width: int, ops: Ops):
         n = (self.depth - self.outside) // 6
-        return {f"stage{i + 1}": partial(Stage, block, n, width * 2**i, 1 + (i > 0), ops) for i in range(3)}
+        return {f"stage{i + 1}": partial(Stage, self.block(block), n, width * 2**i, 1 + (i > 0), ops) for i in range(3)}
 
 
 class ResNet(Residual, kw_only=True):
@@ -46,7 +46,7 @@ class ResNet(Residual, kw_only=True):
 
     def layers(self, train):
         ops = self.ops(train)
-        stem = partial(Unit, self.width, 1, ops)
+        stem = partial(self.block(Unit), self.width, 1, ops)
         return {"stem": stem} | self.stages(Block, self.width, ops) | {"features": Features}
 
 

@@ -16,7 +16,10 @@ import numpy as np
 import optax
 
 from perturbjax.core import Batch, Chain, Objective, chain, objective
-from perturbjax.data import Dataset, augment
+from perturbjax.data import Augmentation, Dataset
+from perturbjax.models.blocks import KEEP_REMAT
+from perturbjax.training.devices import AXIS, Devices
+from perturbjax.training.schedule import Schedule
 
 Numbers = Any
 
@@ -33,16 +36,15 @@ class Recipe:
     num_examples: int
     batch_size: int = 128
     epochs: int = 30
-    schedule: str = "cosine"
-    """"cosine" to zero or "constant", after the warm-up."""
-    warmup_epochs: float = 1.0
+    schedule: Schedule = Schedule()
+    """Of the learning rate."""
     momentum: bool = True
     """Whether there is a momentum buffer; its decay is a number."""
     nesterov: bool = False
-    pad: int = 0
-    """Random crops after padding by this many pixels; 0: none."""
-    flip: bool = False
-    """Random horizontal flips."""
+    augmentation: Augmentation = Augmentation()
+    """Of the images, on the device."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one update. The methods' own optimiser links act on each of them."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,7 +60,7 @@ class Recipe:
 class DeviceData(NamedTuple):
     """A training set on the device, passed to the step as an argument."""
 
-    images: jax.Array  # [N, H, W, channels], uint8 or float32 in [0, 1]
+    images: jax.Array | None  # [N, H, W, channels], uint8 or float32 in [0, 1]; None where they are streamed
     labels: jax.Array  # [N] int32
     class_counts: jax.Array  # [C] int32
 
@@ -68,6 +70,12 @@ def device_data(dataset: Dataset) -> DeviceData:
     return DeviceData(
         jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels), jnp.asarray(dataset.class_counts, jnp.int32)
     )
+
+
+def sample_data(dataset: Dataset) -> DeviceData:
+    """The data set with its first image only: all that `init_state` looks at."""
+    first = jnp.asarray(dataset.train_images[:1])
+    return DeviceData(first, jnp.asarray(dataset.train_labels[:1]), jnp.asarray(dataset.class_counts, jnp.int32))
 
 
 class TrainState(NamedTuple):
@@ -103,44 +111,69 @@ def split_methods(made: Iterable) -> tuple[Chain, tuple[optax.GradientTransforma
     return chain(*links), tuple(transforms)
 
 
-def learning_rate(recipe: Recipe) -> Callable[[jax.Array], jax.Array]:
-    """The schedule's factor of the base learning rate, by step."""
-    warmup = int(round(recipe.warmup_epochs * recipe.steps_per_epoch))
-    if recipe.schedule == "constant":
-        tail = optax.constant_schedule(1.0)
-    else:
-        tail = optax.cosine_decay_schedule(1.0, max(recipe.total_steps - warmup, 1))
-    if warmup < 1:
-        return tail
-    return optax.join_schedules([optax.linear_schedule(1 / (warmup + 1), 1.0, warmup), tail], [warmup])
-
-
 def optimizer(
     transforms: Iterable[optax.GradientTransformation], numbers: dict, recipe: Recipe
 ) -> optax.GradientTransformationExtraArgs:
-    """SGD with the methods' own links first, then coupled weight decay, momentum and learning rate."""
-    factor = learning_rate(recipe)
+    """SGD with the methods' own links first, then coupled weight decay, momentum and learning rate.
+
+    With accumulation these three come once per `accumulate` batches (optax.MultiSteps), on the mean of what the links made of
+    each: a SAM-like link asks for a second gradient of its own batch, so it stands before the mean.
+    """
+    factor = recipe.schedule.factor(recipe.steps_per_epoch, recipe.total_steps)
     momentum = numbers["momentum"] if recipe.momentum else None
-    return optax.chain(
-        *transforms,
+    descent = optax.chain(
         optax.add_decayed_weights(numbers["weight_decay"]),
-        optax.sgd(lambda count: numbers["learning_rate"] * factor(count), momentum=momentum, nesterov=recipe.nesterov),
-    )
+        optax.sgd(
+            lambda updates: numbers["learning_rate"] * factor(updates * recipe.accumulate),
+            momentum=momentum, nesterov=recipe.nesterov,
+        ),
+    )  # fmt: skip
+    return optax.chain(*transforms, accumulated(descent, recipe.accumulate))
 
 
-def build(recipe: Recipe, numbers: dict, class_counts: jax.Array) -> tuple[Objective, optax.GradientTransformationExtraArgs]:
+def accumulated(tx: optax.GradientTransformation, batches: int) -> optax.GradientTransformation:
+    """`optax.MultiSteps(tx, batches)`, or `tx` itself for one batch.
+
+    Raises ValueError, at init, if `tx` holds a link that asks for gradients itself (SAM, PUGD): it would see the last batch only.
+    Such a link comes before: optax.chain(pj.sam(), accumulated(optax.sgd(0.1), 4)).
+    """
+    if batches == 1:
+        return tx
+    steps = optax.MultiSteps(tx, batches)
+
+    def init(params):
+        state = steps.init(params)
+        check_accumulation(state)
+        return state
+
+    return optax.GradientTransformationExtraArgs(init, steps.update)
+
+
+def check_accumulation(opt_state: optax.OptState) -> None:
+    """Raises ValueError if an optax.MultiSteps in there holds a link that asks for gradients itself."""
+    is_multi = lambda x: isinstance(x, optax.MultiStepsState)
+    for state in filter(is_multi, jax.tree.leaves(opt_state, is_leaf=is_multi)):
+        if optax.tree_utils.tree_get_all_with_path(state.inner_opt_state, "evaluations"):
+            raise ValueError(
+                "MultiSteps needs links that ask for gradients themselves (SAM, PUGD) before it, got one inside, where it would see "
+                "the last batch only. Write optax.chain(pj.sam(), optax.MultiSteps(optax.sgd(0.1), 4))."
+            )
+
+
+def build(
+    recipe: Recipe, numbers: dict, class_counts: jax.Array, axis_name: str | None = None
+) -> tuple[Objective, optax.GradientTransformationExtraArgs]:
     """Objective and optimiser of a recipe with these numbers, {"method", "learning_rate", "momentum", "weight_decay"}."""
     links, transforms = split_methods(recipe.build(numbers["method"]))
     made = objective(
-        recipe.model, links, num_classes=recipe.num_classes, class_counts=class_counts, num_examples=recipe.num_examples
-    )
+        recipe.model, links, num_classes=recipe.num_classes, class_counts=class_counts, num_examples=recipe.num_examples,
+        axis_name=axis_name,
+    )  # fmt: skip
     return made, optimizer(transforms, numbers, recipe)
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Raises ValueError for a recipe that can't run, before anything compiles."""
-    if recipe.schedule not in ("cosine", "constant"):
-        raise ValueError(f"Recipe needs schedule 'cosine' or 'constant', got {recipe.schedule!r}.")
     if recipe.epochs < 1:
         raise ValueError(f"Recipe needs epochs >= 1, got {recipe.epochs}.")
     if not 1 <= recipe.batch_size <= recipe.num_examples:
@@ -148,6 +181,11 @@ def check_recipe(recipe: Recipe) -> None:
             f"Recipe needs 1 <= batch_size <= {recipe.num_examples} (the training samples), got {recipe.batch_size}. "
             f"Take batch_size={min(64, recipe.num_examples)}, or more data."
         )
+    if not 1 <= recipe.accumulate <= recipe.total_steps:
+        raise ValueError(
+            f"Recipe needs 1 <= accumulate <= {recipe.total_steps} (the run's steps), got {recipe.accumulate}. Write accumulate=1."
+        )
+    recipe.schedule.factor(recipe.steps_per_epoch, recipe.total_steps)  # milestones beyond the run
 
 
 def init_state(recipe: Recipe, numbers: dict, data: DeviceData, seed: int) -> TrainState:
@@ -162,6 +200,7 @@ def init_state(recipe: Recipe, numbers: dict, data: DeviceData, seed: int) -> Tr
     like = jax.ShapeDtypeStruct((recipe.batch_size, *example.shape[1:]), example.dtype)
     # Every leaf gets a buffer of its own (a method's init may use one array twice): the step donates them.
     opt_state, states = jax.tree.map(jnp.array, (tx.init(params), made.init(params, like, stats=stats)))
+    check_accumulation(opt_state)
     return TrainState(params, stats, opt_state, states, jnp.int32(0), run_key)
 
 
@@ -175,12 +214,15 @@ def as_arrays(numbers: Numbers) -> Numbers:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), numbers)
 
 
-def draw_batch(recipe: Recipe, state: TrainState, data: DeviceData, index: jax.Array) -> Batch:
-    """The (augmented) batch of the samples `index` [B] at this step; the same for every method and setting."""
-    images = data.images[index]
-    if recipe.pad or recipe.flip:
+def draw_batch(recipe: Recipe, state: TrainState, data: DeviceData, index: jax.Array, images: jax.Array | None = None) -> Batch:
+    """The (augmented) batch of the samples `index` [B] at this step; the same for every method and setting.
+
+    images: [B, H, W, channels] of these samples where they are streamed; None: they are in `data`.
+    """
+    images = data.images[index] if images is None else images
+    if recipe.augmentation:
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
-        images = augment(images, key, index, pad=recipe.pad, flip=recipe.flip)
+        images = recipe.augmentation(images, key, index)
     return Batch(pixels(images), data.labels[index], index=index)
 
 
@@ -194,49 +236,98 @@ def evaluate_loss(
     )  # fmt: skip
 
 
-def train_step(
-    recipe: Recipe, state: TrainState, numbers: dict, data: DeviceData, index: jax.Array
-) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
-    """One optimiser step on the samples `index` [B]: (new state, metrics, the perturbed losses [B])."""
-    made, tx = build(recipe, numbers, data.class_counts)
-    loss_key, update_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step))
-    batch = draw_batch(recipe, state, data, index)
+def step_keys(state: TrainState) -> tuple[jax.Array, jax.Array]:
+    """This step's keys: for the loss, for the optimiser's links."""
+    return tuple(jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step)))
 
-    def loss(params, weights=None):
-        return evaluate_loss(made, params, state, recipe, batch, loss_key, weights=weights)
+
+def update_arguments(
+    made: Objective,
+    state: TrainState,
+    recipe: Recipe,
+    batch: Batch,
+    value: jax.Array,
+    grads: Any,
+    average: Callable = lambda x: x,
+) -> dict[str, Any]:
+    """What every optimiser link is given beside gradients, state and parameters."""
+    loss_key, update_key = step_keys(state)
 
     def grad_fn(params, *, weights=None):
         """The gradient of the same loss on the same batch, with the same key and incoming states; BatchNorm untouched."""
-        return jax.grad(loss, has_aux=True)(params, weights)[0]
+        loss = lambda p: evaluate_loss(made, p, state, recipe, batch, loss_key, weights=weights)
+        return average(jax.grad(loss, has_aux=True)(params)[0])
 
-    (value, out), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    updates, opt_state = tx.update(
-        grads, state.opt_state, state.params, grad_fn=grad_fn, value=value, step=state.step,
-        progress=state.step.astype(jnp.float32) / recipe.total_steps, labels=batch.labels, local_grads=grads, key=update_key,
+    return dict(
+        grad_fn=grad_fn, value=value, step=state.step, progress=state.step.astype(jnp.float32) / recipe.total_steps,
+        labels=batch.labels, local_grads=grads, key=update_key,
     )  # fmt: skip
-    after = TrainState(optax.apply_updates(state.params, updates), out.stats, opt_state, out.states, state.step + 1, state.key)
-    return after, {"loss": value, **out.metrics}, out.losses
+
+
+def train_step(
+    recipe: Recipe,
+    state: TrainState,
+    numbers: dict,
+    data: DeviceData,
+    index: jax.Array,
+    images: jax.Array | None = None,
+    *,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
+    """One optimiser step on the samples `index` [B]: (new state, metrics, the perturbed losses [B]).
+
+    images: as in `draw_batch`. axis_name: of the devices in per-device code (pmap); `index` is then this device's share.
+    """
+    made, tx = build(recipe, numbers, data.class_counts, axis_name)
+    batch = draw_batch(recipe, state, data, index, images)
+    average = (lambda tree: tree) if axis_name is None else lambda tree: jax.lax.pmean(tree, axis_name)
+    loss = lambda params: evaluate_loss(made, params, state, recipe, batch, step_keys(state)[0])
+    (value, out), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    value, metrics, stats = average((value, out.metrics, out.stats))
+    arguments = update_arguments(made, state, recipe, batch, value, grads, average)
+    updates, opt_state = tx.update(average(grads), state.opt_state, state.params, **arguments)
+    after = TrainState(optax.apply_updates(state.params, updates), stats, opt_state, out.states, state.step + 1, state.key)
+    return after, {"loss": value, **metrics}, out.losses
+
+
+# Where the runs' axis is when several are vmapped: the step is one number for all, so that a phase that depends on it stays a branch.
+_RUNS = TrainState(params=0, stats=0, opt_state=0, states=0, step=None, key=0)
+
+
+def compiled_step(recipe: Recipe, devices: Devices | None = None, vmapped: str | None = None) -> Callable:
+    """The jitted step of a recipe: (state, numbers, data, index [K, B], images=None) -> (state, metrics [K], losses [K, B]).
+
+    K steps in one call; the state is donated. One step is a plain call; several are a scan, which saves dispatches on accelerators.
+
+    Args:
+      devices: arguments come from their `replicate` and `split`; None: one device.
+      vmapped: "own" or "shared": S runs side by side, whose training sets are stacked or the same. State (but for `step`), numbers,
+        index, images and outputs then have a leading axis S.
+    """
+    return _compiled_step(recipe, devices or Devices(), vmapped)
 
 
 @functools.cache
-def compiled_step(recipe: Recipe) -> Callable:
-    """The jitted step of a recipe: (state, numbers, data, index [K, B]) -> (state, metrics [K], losses [K, B]), K steps in one call.
+def _compiled_step(recipe: Recipe, devices: Devices, vmapped: str | None) -> Callable:
+    axis_name = AXIS if devices.mapped else None
 
-    The state is donated. One step is a plain call; several are a scan, which saves dispatches on accelerators.
-    """
-
-    def steps(state, numbers, data, index):
+    def steps(state, numbers, data, index, images=None):
         def step(state, rows):
-            state, metrics, losses = train_step(recipe, state, numbers, data, rows)
+            state, metrics, losses = train_step(recipe, state, numbers, data, *rows, axis_name=axis_name)
             return state, (metrics, losses)
 
         if index.shape[0] == 1:
-            state, seen = step(state, index[0])
+            state, seen = step(state, jax.tree.map(lambda x: x[0], (index, images)))
             return state, *jax.tree.map(lambda x: x[None], seen)
-        state, seen = jax.lax.scan(step, state, index)
+        state, seen = jax.lax.scan(step, state, (index, images))
         return state, *seen
 
-    return jax.jit(steps, donate_argnums=0)
+    if vmapped is not None:
+        of_data = {"own": 0, "shared": None}[vmapped]
+        steps = jax.vmap(steps, in_axes=(_RUNS, 0, of_data, 0, 0), out_axes=(_RUNS, 0, 0))
+    # Without it XLA:CPU merges what is recomputed with what was computed, and keeps it all.
+    options = KEEP_REMAT if getattr(recipe.model, "remat", False) and jax.default_backend() == "cpu" else None
+    return devices.compile(lambda state, numbers, data, index, images=None: steps(state, numbers, data, index, images), options)
 
 
 @functools.cache
@@ -252,10 +343,10 @@ def compiled_logits(model: Any) -> Callable:
 
 @functools.cache
 def compiled_plain_losses(recipe: Recipe) -> Callable:
-    """Jitted (state, data, index [B]) -> unperturbed losses [B] of the batch that the next step would train on."""
+    """Jitted (state, data, index [B], images=None) -> unperturbed losses [B] of the batch that the next step would train on."""
     plain = objective(recipe.model, (), num_classes=recipe.num_classes)
 
-    def losses(state, data, index):
-        return plain(state.params, (), draw_batch(recipe, state, data, index), stats=state.stats)[1].losses
+    def losses(state, data, index, images=None):
+        return plain(state.params, (), draw_batch(recipe, state, data, index, images), stats=state.stats)[1].losses
 
     return jax.jit(losses)

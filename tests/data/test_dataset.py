@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbjax.data import Dataset, check
+from perturbjax.data import Dataset, check, dataset
 from perturbjax.data.dataset import draw, stratified
 
 
@@ -33,7 +33,7 @@ def test_normal_form_and_properties():
     np.testing.assert_array_equal(d.true_labels, d.train_labels)
     for array in (d.train_labels, d.test_labels, d.true_labels, d.train_index):
         assert array.dtype == np.int32
-    assert not d.flipped.any() and d.flipped.dtype == bool and d.views == ()
+    assert not d.flipped.any() and d.flipped.dtype == bool and d.views == d.notes == () and d.source_size == 12
     assert repr(d) == "small: 12 training and 6 test images of 4x4x3 uint8, 3 classes of 1 to 7"
 
 
@@ -66,6 +66,32 @@ def test_channel_stats_are_those_of_all_pixels(num):
         np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), rtol=tol)
         np.testing.assert_allclose(std, (images / 255).std((0, 1, 2)), rtol=tol)
         assert all(type(x) is float for x in mean + std)
+
+
+def test_a_mapped_file_stays_one_and_is_never_copied(tmp_path, monkeypatch):
+    images = np.random.default_rng(1).integers(0, 256, [300, 4, 4, 3], dtype=np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    parts = dict(
+        train_images=mapped[:200], train_labels=np.arange(200) % 3, test_images=mapped[200:], test_labels=np.zeros(100, int)
+    )
+    d = check(small(**parts))
+    for part in (d.train_images, d.test_images):
+        assert type(part) is np.memmap and np.shares_memory(part, mapped)
+    assert type(check(d).train_images) is np.memmap
+    whole = d.channel_stats()
+    plain = check(
+        small(
+            train_images=images[..., 0][:200],
+            train_labels=np.arange(200) % 3,
+            test_images=images[..., 0][200:],
+            test_labels=[0] * 100,
+        )
+    )
+    assert np.shares_memory(check(plain).train_images, plain.train_images) and plain.image_shape == (4, 4, 1)
+    monkeypatch.setattr(dataset, "BLOCK_VALUES", 50)  # of large images, one at a time
+    assert [part.stop - part.start for part in dataset.in_blocks(mapped)] == [1] * 300
+    np.testing.assert_allclose(d.channel_stats(), whole, rtol=1e-12)
 
 
 def test_a_constant_channel_has_no_deviation():
@@ -131,6 +157,8 @@ TRAIN, TEST = small().train_images, small().test_images
         ({"validation_images": TEST[:, :2], "validation_labels": np.zeros(6, int)}, "validation_images of small like"),
         ({"train_domains": np.zeros(5, int)}, "train_domains of small, one for each of the 12 images, got 5"),
         ({"test_domains": np.full(6, 2), "domain_names": ("x", "y")}, "test_domains of small in 0..1, got 2"),
+        ({"train_index": np.arange(12) + 9, "source_size": 20}, "train_index of small in 0..19 for source_size 20, got 9 to 20"),
+        ({"train_index": np.arange(12) - 1, "source_size": 20}, "got -1 to 10. Give the size"),
         ({"train_index": np.arange(5)}, "train_index of small as 12 integers, got int64 [5]"),
         ({"true_labels": np.full(12, 3)}, "true_labels of small in 0..2, got 3 at position 0 (12 such labels)"),
     ],

@@ -29,7 +29,7 @@ def test_digits_are_sklearns_split_once_and_for_all():
     assert d.train_images.dtype == np.float32 and d.image_shape == (8, 8, 1) and d.class_names == tuple("0123456789")
     np.testing.assert_array_equal(d.train_images[..., 0] * 16, source.images[d.train_index])  # exact
     np.testing.assert_array_equal(d.train_labels, source.target[d.train_index])
-    assert len(np.unique(d.train_index)) == len(d.train_index) == 1258
+    assert len(np.unique(d.train_index)) == len(d.train_index) == 1258 and d.source_size == 1797 and d.notes == ()
     rest = np.setdiff1d(np.arange(1797), d.train_index)  # the test set is all the others
     np.testing.assert_array_equal(d.test_images[..., 0] * 16, source.images[rest])
     np.testing.assert_array_equal(np.bincount(d.test_labels), np.rint(0.3 * np.bincount(source.target)))
@@ -48,6 +48,7 @@ def test_split_keys_and_options(write, save):
         for key in SPLIT:
             np.testing.assert_array_equal(getattr(d, key), SPLIT[key])
         np.testing.assert_array_equal(d.train_index, np.arange(20) + 100)
+        assert d.source_size is None  # nothing says how long the set is that the file's train_index counts in
         np.testing.assert_array_equal(d.test_domains, np.full(10, 2))
         np.testing.assert_array_equal(d.validation_images, IMAGES[:3])
 
@@ -55,6 +56,7 @@ def test_split_keys_and_options(write, save):
 def test_keras_keys(write):
     path = write(x_train=IMAGES[:20], y_train=LABELS[:20, None], x_test=IMAGES[20:], y_test=LABELS[20:, None])
     d = load(path)
+    assert d.source_size == 20
     np.testing.assert_array_equal(d.train_labels, LABELS[:20])
     np.testing.assert_array_equal(d.test_images, IMAGES[20:])
 
@@ -113,12 +115,14 @@ def test_unusable_arrays(write, arrays, message):
 def test_unknown_names_get_the_nearest_one(write, monkeypatch):
     folder = write(**SPLIT).parent
     with pytest.raises(
-        ValueError,
-        match=re.escape("load needs 'digits' or the path of an .npz file, got 'digit'. Did you mean load('digits')?"),
+        ValueError, match=re.escape("a folder of images or a CIFAR archive, got 'digit'. Did you mean load('digits')?")
     ):
         load("digit")
-    with pytest.raises(ValueError, match=re.escape('got \'imagenet\'. Write load("digits") or load("folder/file.npz").')):
+    message = "load needs 'digits', 'cifar10', 'cifar100', 'tfds:NAME' or the path of an .npz file, a folder of images or a "
+    with pytest.raises(ValueError, match=re.escape(message + "CIFAR archive, got 'imagenet'. Write load(\"digits\"), load(")):
         load("imagenet")
+    with pytest.raises(ValueError, match=re.escape("Did you mean load('cifar100')?")):
+        load("cifar-100")
     with pytest.raises(FileNotFoundError, match=re.escape(f"Did you mean load({str(folder / 'mine.npz')!r})?")):
         load(folder / "Mine2.npz")
     with pytest.raises(FileNotFoundError, match="got 'nowhere/x.npz', where there is none. Check the path"):
@@ -126,7 +130,10 @@ def test_unknown_names_get_the_nearest_one(write, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(ValueError, match=re.escape("Did you mean load('mine.npz')?")):
         load("MINE")
-    assert tuple(SOURCES) == ("digits",)
+    (folder / "photos").mkdir()
+    with pytest.raises(ValueError, match=re.escape("Did you mean load('photos')?")):
+        load("photo")
+    assert tuple(SOURCES) == ("digits", "cifar10", "cifar100")
 
 
 def test_files_that_are_no_npz(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import pathlib
 import re
 
 import numpy as np
@@ -9,7 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbjax.data import VIEWS, Dataset, apply_views, check, load, longtail, longtail_counts, noise, shrink, thin, validation
+from perturbjax import spec
+from perturbjax.data import (
+    VIEWS,
+    Dataset,
+    apply_views,
+    check,
+    labels,
+    leave_out,
+    load,
+    longtail,
+    longtail_counts,
+    noise,
+    shrink,
+    thin,
+    validation,
+)  # fmt: skip
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 RATIO_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
@@ -248,11 +264,16 @@ def test_the_draws_do_not_depend_on_numpys_version(hundred):
     assert d.subset_hash == "74a92795e7cd"
 
 
-def test_views_can_be_built_by_name(hundred):
+def test_views_can_be_built_by_name(hundred, tmp_path):
+    np.save(tmp_path / "x.npy", hundred.train_labels)
     settings = {"longtail": [10], "noise": ["pair", 0.1], "validation": [0.1], "thin": [5], "shrink": [1]}
+    settings |= {"labels": [tmp_path / "x.npy"], "leave_out": [1], "drop_duplicates": []}
     assert set(settings) == set(VIEWS)
+    source = dataclasses.replace(
+        hundred, train_domains=np.arange(1000) // 10 % 2, test_domains=np.arange(10) // 5, domain_names=("x", "y")
+    )
     for name, args in settings.items():
-        d = VIEWS[name](*args)(hundred, 0)
+        d = VIEWS[name](*args)(source, 0)
         assert d.views[0].startswith(f"{name}(") and VIEWS[name].__name__ == name
         assert all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(VIEWS[name]).parameters.values())
         check(d)
@@ -316,3 +337,271 @@ def test_a_chain_of_names_is_refused(hundred):
         TypeError, match=re.escape("apply_views needs views, got 'thin' at position 0. Write e.g. longtail(100)")
     ):
         apply_views(hundred, ["thin"], 0)
+
+
+@pytest.fixture
+def human(hundred, tmp_path):
+    """Wrong labels for a tenth of `hundred`, and a function that writes a file of labels."""
+    wrong = hundred.train_labels.copy()
+    wrong[::10] = (wrong[::10] + 3) % 10
+
+    def write(name, values=wrong, **arrays):
+        path = tmp_path / name
+        if path.suffix == ".npz":
+            np.savez(path, **arrays)
+        elif path.suffix == ".npy":
+            np.save(path, values)
+        else:
+            path.write_text("".join(f"{value}\n" for value in values))
+        return path
+
+    return wrong, write
+
+
+def test_labels_from_every_form_of_file(hundred, human):
+    wrong, write = human
+    words = [CIFAR10[n] for n in wrong]
+    files = [
+        (write("a.npz", worse_label=wrong.astype(np.uint8), other=wrong[::-1]), "worse_label"),
+        (write("one.npz", labels=wrong), None),
+        (write("b.npy", wrong[:, None]), None),
+        (write("c.npy", np.array(words)), None),
+        (write("d.txt", wrong), None),
+        (write("e.csv", wrong), None),
+        (write("f.txt", words), None),
+        (write("g.csv", [f'"{word}"' for word in words]), None),
+    ]
+    for file, key in files:
+        d = labels(file, key)(hundred, 0)
+        np.testing.assert_array_equal(d.train_labels, wrong)
+        np.testing.assert_array_equal(d.true_labels, hundred.train_labels)
+        assert d.train_labels.dtype == np.int32 and d.flipped.sum() == 100 and check(d).num_classes == 10
+        where = f"{key!r} of {file.name!r}" if key else "'labels' of 'one.npz'" if file.suffix == ".npz" else f"{file.name!r}"
+        assert d.notes == (f"Of the labels in {where}, 100 of 1000 (10.00%) are not the source's.",)
+    assert labels(files[0][0], "worse_label")(hundred, 0).views == ("labels(file=a.npz, key=worse_label)",)
+    assert labels(str(files[4][0]))(hundred, 0).views == ("labels(file=d.txt)",)
+
+
+def test_class_names_that_are_numbers_are_names(human):
+    d = fake([2, 2, 2], ["10", "20", "30"])
+    _, write = human
+    named = labels(write("x.txt", ["20", "20", "10", "10", "30", "30"]))(d, 0)
+    np.testing.assert_array_equal(named.train_labels, [1, 1, 0, 0, 2, 2])
+    numbered = labels(write("x.txt", ["1", "1", "0", "0", "2", "2"]))(d, 0)
+    np.testing.assert_array_equal(numbered.train_labels, named.train_labels)
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_labels_belong_to_the_source_before_and_after_a_long_tail(hundred, human, order):
+    wrong, write = human
+    view = labels(write("x.npy"))
+    chain = [longtail(10), validation(0.1)]
+    d = apply_views(hundred, [view, *chain] if order == "first" else [*chain, view], 3)
+    np.testing.assert_array_equal(d.train_labels, wrong[d.train_index])
+    np.testing.assert_array_equal(d.true_labels, hundred.train_labels[d.train_index])
+    assert 0 < len(d.train_labels) < 1000 and d.flipped.any()
+
+
+def test_labels_of_a_source_that_is_split_by_load(human):
+    """A file may hold the labels of the whole source, or of the training samples as loaded."""
+    from sklearn.datasets import load_digits
+
+    digits, whole = load("digits"), load_digits().target
+    _, write = human
+    every = (whole + 1) % 10
+    for chain in ([labels(write("x.npy", every))], [thin(20), labels(write("x.npy", every))]):
+        d = apply_views(digits, chain, 0)
+        np.testing.assert_array_equal(d.train_labels, every[d.train_index])
+    loaded = write("y.npy", (digits.train_labels + 1) % 10)
+    np.testing.assert_array_equal(labels(loaded)(digits, 0).train_labels, (digits.train_labels + 1) % 10)
+    with pytest.raises(ValueError, match=r"of digits \(1797\), got 1258 in 'y.npy'. .* have to be the first view"):
+        apply_views(digits, [thin(20), labels(loaded)], 0)
+
+
+def test_labels_by_a_train_index_of_the_users_own(human):
+    d = fake([3, 3])
+    d = check(Dataset("part", d.train_images, d.train_labels, d.test_images, d.test_labels, train_index=np.arange(6) * 10))
+    assert d.source_size is None
+    _, write = human
+    np.testing.assert_array_equal(labels(write("x.npy", np.arange(60) // 10 % 2))(d, 0).train_labels, [0, 1] * 3)
+    np.testing.assert_array_equal(labels(write("x.npy", [1, 0] * 3))(d, 0).train_labels, [1, 0] * 3)  # as loaded
+    with pytest.raises(ValueError, match=r"each sample of part \(at least 51, or 6, one for each training sample\), got 50 in"):
+        labels(write("x.npy", np.zeros(50, int)))(d, 0)
+
+
+def test_a_file_for_data_in_another_order_is_refused(hundred, human):
+    wrong, write = human
+    file = write("n.npz", worse_label=wrong, clean_label=hundred.train_labels)
+    np.testing.assert_array_equal(labels(file, "worse_label")(hundred, 0).train_labels, wrong)
+    tail = apply_views(hundred, [longtail(10), labels(file, "worse_label")], 0)
+    np.testing.assert_array_equal(tail.train_labels, wrong[tail.train_index])
+    clean = hundred.train_labels.copy()
+    clean[[4, 9]] = (clean[[4, 9]] + 1) % 10
+    with pytest.raises(ValueError, match=r"in the order of fake, .* for 2 of 1000 samples \(the first: training sample 4\)"):
+        labels(write("n.npz", worse_label=wrong, clean_label=clean), "worse_label")(hundred, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "key", "message"),
+    [
+        ("x.npy", np.zeros(999, int), None, "each sample of fake (1000, or 1000, one for each training sample), got 999 in 'x.npy'"),
+        ("x.txt", [0] * 1001, None, "got 1001 in 'x.txt'. Give the labels of the whole set, in its order"),
+        ("x.npy", np.arange(1000) % 11, None, "labels in 0..9, got 10 for sample 10 in 'x.npy' (90 such labels). Renumber"),
+        ("x.csv", np.arange(1000) % 10 - 1, None, "labels in 0..9, got -1 for sample 0 in 'x.csv' (100 such labels)"),
+        ("x.npy", np.zeros(1000), None, "integers or class names [N], got float64 [1000] in 'x.npy'. Write labels.argmax(-1)"),
+        ("x.npy", np.eye(10, dtype=int), None, "got int64 [10, 10]"),
+        ("x.npy", np.zeros(1000, bool), None, "got bool [1000]"),
+        ("x.npy", np.array(["cat"], object), None, "plain arrays, got "),
+        ("x.txt", ["label", *[3] * 1000], None, "got 'label' for sample 0 in 'x.txt'. Remove the heading. There are: airplane"),
+        ("x.txt", ["cat"] * 7 + ["kat"], None, "got 'kat' for sample 7 in 'x.txt'. Did you mean 'cat'?"),
+        ("x.txt", ["0", "", "1"], None, "got '' for sample 1 in 'x.txt'"),
+        ("x.csv", ["1,cat", "2,dog"], None, "one label a line, got 2 columns in line 1 of 'x.csv'. Keep the column"),
+        ("x.txt", [3] * 1000, "worse", "a key for .npz files only, got 'worse' for 'x.txt'"),
+        ("x.pt", [3] * 1000, None, "an .npz, .npy, .txt or .csv file, got '"),
+    ],
+)  # fmt: skip
+def test_labels_that_are_none(hundred, human, name, values, key, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        labels(human[1](name, values), key)(hundred, 0)
+
+
+def test_files_and_keys_are_checked_before_any_data(human, tmp_path):
+    wrong, write = human
+    file = write("n.npz", worse_label=wrong, aggre_label=wrong)
+    message = "a key of 'n.npz', got none. Write labels(n.npz, worse_label); there are: aggre_label, worse_label."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        labels(file)
+    with pytest.raises(ValueError, match=re.escape("got 'worse'. Did you mean 'worse_label'? There are: aggre_label, worse")):
+        labels(file, "worse")
+    with pytest.raises(FileNotFoundError, match="labels needs a file, got .*nowhere.npz', where there is none"):
+        labels(tmp_path / "nowhere.npz")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="whole file of plain arrays, got .*n.npz' .* Copy or write the file again"):
+        labels(file, "worse_label")
+    (tmp_path / "x.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="text in UTF-8, got 'x.txt'"):
+        labels(tmp_path / "x.txt")
+    with pytest.raises(ValueError, match="damaged|whole file"):
+        (tmp_path / "x.npy").write_bytes(b"")
+        labels(tmp_path / "x.npy")
+
+
+def pacs(**changes):
+    """Three domains of unequal size, both classes in each; images hold their number."""
+    domain = np.repeat([0, 1, 2], [8, 12, 4])
+    images = np.arange(24, dtype=np.uint8)[:, None, None, None]
+    test = np.arange(24) % 4 == 3
+    fields = dict(
+        name="pacs", train_images=images[~test], train_labels=(np.arange(24) % 2)[~test], test_images=images[test],
+        test_labels=(np.arange(24) // 4 % 2)[test], train_domains=domain[~test], test_domains=domain[test],
+        domain_names=("art", "photo", "sketch"), train_index=np.flatnonzero(~test), source_size=24,
+    )  # fmt: skip
+    return check(Dataset(**(fields | changes)))
+
+
+@pytest.mark.parametrize("domain", ["photo", 1])
+def test_leave_out_tests_on_a_domain_and_validates_on_the_others_test_samples(domain):
+    source = pacs()
+    d = check(leave_out(domain)(source, 0))
+    train, test, held = (set(x[:, 0, 0, 0].tolist()) for x in (d.train_images, d.test_images, d.validation_images))
+    assert test == set(range(8, 20)) and train == set(source.train_index) - test and held == {3, 7, 23}
+    np.testing.assert_array_equal(d.train_index, d.train_images[:, 0, 0, 0])
+    np.testing.assert_array_equal(d.train_labels, d.train_index % 2)
+    assert set(d.train_domains) == {0, 2} and set(d.test_domains) == {1} and d.domain_names == source.domain_names
+    label = dict(zip(source.train_images[:, 0, 0, 0], source.train_labels)) | dict(
+        zip(source.test_images[:, 0, 0, 0], source.test_labels)
+    )
+    for part in ("train", "test", "validation"):
+        np.testing.assert_array_equal(
+            getattr(d, f"{part}_labels"), [label[n] for n in getattr(d, f"{part}_images")[:, 0, 0, 0].tolist()]
+        )
+    assert d.views == (f"leave_out(domain={domain})",)
+    same(leave_out(domain)(source, 0), leave_out(domain)(source, 1))  # nothing is drawn
+
+
+def test_leave_out_tests_on_true_labels():
+    noisy = noise("pair", 0.9)(pacs(), 0)
+    d = leave_out("photo")(noisy, 0)
+    np.testing.assert_array_equal(d.test_labels, leave_out("photo")(pacs(), 0).test_labels)
+    assert d.flipped.any()
+
+
+def test_domain_names_that_are_numbers_go_before_positions():
+    d = pacs(domain_names=("1960", "2", "1"))
+    for domain, held in ((1960, 0), (2, 1), (1, 2), ("1", 2), (0, 0)):
+        assert set(leave_out(domain)(d, 0).test_domains) == {held}
+
+
+def test_every_domain_once():
+    whole = [set(leave_out(name)(pacs(), 0).test_images.flat) for name in ("art", "photo", "sketch")]
+    assert set.union(*whole) == set(range(24)) and sum(map(len, whole)) == 24
+
+
+def test_a_domain_that_is_the_whole_test_set_already():
+    """The PACS file of the data pack, with test_domains: the left-out domain changes nothing, another can't be left out."""
+    source = pacs()
+    held = source.train_domains != 2
+    d = check(dataclasses.replace(
+        source, train_images=source.train_images[held], train_labels=source.train_labels[held], true_labels=None,
+        train_index=source.train_index[held], train_domains=source.train_domains[held],
+        test_domains=np.full(len(source.test_labels), 2),
+    ))  # fmt: skip
+    out = leave_out("sketch")(d, 0)
+    assert out.validation_images is None and len(out.train_labels) == len(d.train_labels)
+    np.testing.assert_array_equal(out.test_images, d.test_images)
+    message = "training samples of all other domains of pacs, got test samples only of 'sketch'. Write leave_out('sketch'), or"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        leave_out("art")(d, 0)
+
+
+@pytest.mark.parametrize(
+    ("domain", "source", "message"),
+    [
+        ("foto", pacs(), "a domain of pacs, got 'foto'. Did you mean 'photo'? There are: art, photo, sketch."),
+        (3, pacs(), "a domain of pacs, got 3. There are: art, photo, sketch."),
+        (-1, pacs(), "a domain of pacs, got -1. There"),
+        (0, fake([5, 5]), "the training and the test samples of fake, got none. Give a folder FOLDER/domain/class/image, or"),
+        (0, pacs(test_domains=None), "got those of one part only"),
+        (0, validation(0.3)(pacs(), 0), "without a validation set, got 6 samples in one, of unknown domains. Put leave_out before"),
+        (0, pacs(train_domains=np.zeros(18, int), test_domains=np.zeros(6, int)), "got 24 in it and 0 in others. Name another"),
+        (3, pacs(domain_names=("art", "photo", "sketch", "clip")), "samples in 'clip' and in another domain of pacs, got 0 in it"),
+    ],
+)  # fmt: skip
+def test_leave_out_errors(domain, source, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        leave_out(domain)(source, 0)
+
+
+@pytest.mark.parametrize("domain", [0.5, None, True, ["art"]])
+def test_leave_out_takes_names_and_numbers(domain):
+    with pytest.raises(ValueError, match=re.escape(f"leave_out needs a domain's name or number, got {domain!r}.")):
+        leave_out(domain)
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("labels(cifar10n.npz, worse_label)", {"file": "cifar10n.npz", "key": "worse_label"}),
+        ("labels('some/folder-1/my.labels.csv')", {"file": "some/folder-1/my.labels.csv"}),
+        ('labels(file="../x.npz", key=aggre_label)', {"file": "../x.npz", "key": "aggre_label"}),
+        ("leave_out(art_painting)", {"domain": "art_painting"}),
+        ("leave_out(2)", {"domain": 2}),
+        ("drop_duplicates", {}),
+    ],
+)
+def test_views_as_typed_on_the_command_line(text, settings):
+    (call,) = spec.resolve(spec.parse_chain(text), VIEWS)
+    assert dict(call.kwargs) == settings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "rate"), [("worse_label", 0.4021), ("aggre_label", 0.0901), ("random_label1", 0.1723)])
+def test_cifar10n_on_the_real_labels(key, rate):
+    pack = pathlib.Path(__file__).parents[3] / "shared" / "data"
+    if not (pack / "cifar10n.npz").is_file():
+        pytest.skip("no data pack beside the repository")
+    with np.load(pack / "cifar10.npz") as file:
+        train = file["train_labels"].astype(int)
+    d = check(Dataset("cifar10", np.zeros([50000, 1, 1, 1], np.uint8), train, np.zeros([1, 1, 1, 1], np.uint8), [0], CIFAR10))
+    noisy = labels(pack / "cifar10n.npz", key)(d, 0)
+    np.testing.assert_allclose(noisy.flipped.mean(), rate, atol=5e-5)  # the published one

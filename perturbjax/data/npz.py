@@ -1,0 +1,71 @@
+"""An .npz file: a split set under this library's or Keras' names, or a single set."""
+
+import pathlib
+import zipfile
+import zlib
+
+import numpy as np
+
+from perturbjax.data.arrange import single
+from perturbjax.data.dataset import Dataset, check
+
+SPLIT = ("train_images", "train_labels", "test_images", "test_labels")
+KERAS = ("x_train", "y_train", "x_test", "y_test")
+SINGLE = ("images", "labels")
+FAMILIES = (SPLIT, KERAS, SINGLE)  # the first that an .npz file has in full is read
+NAMES = ("class_names", "domain_names")
+EXTRAS = (*NAMES, "train_domains", "test_domains", "train_index", "validation_images", "validation_labels")
+OPTIONAL = {SPLIT: EXTRAS, KERAS: EXTRAS, SINGLE: (*NAMES, "domains")}
+
+
+def read(path: pathlib.Path) -> Dataset:
+    """The set in an .npz file that is there. See `load` for the keys."""
+    with open(path, "rb") as stream:
+        start = stream.read(4)
+        if start not in (b"PK\x03\x04", b"PK\x05\x06"):  # a zip file, an empty one
+            what = f"which starts with {start!r}" if start else "which is empty"
+            raise ValueError(
+                f"load needs an .npz file (a zip of arrays), got {str(path)!r}, {what}. "
+                "Write one: np.savez(path, train_images=..., train_labels=..., test_images=..., test_labels=...)."
+            )
+        stream.seek(0)  # numpy reads from our stream: a path of a damaged file it would leave open
+        try:
+            file = np.load(stream, allow_pickle=False)  # lazy: only the members named here are read
+            found = set(file.files)
+            family = next((keys for keys in FAMILIES if found.issuperset(keys)), None)
+            values = {k: file[k] for k in (*(family or ()), *OPTIONAL.get(family, ())) if k in found}
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
+            if "Object arrays" in str(error):
+                raise ValueError(
+                    f"load needs plain arrays, got Python objects (dtype object) in {str(path)!r}, which can run code "
+                    "when read. Save numbers and text: np.savez(path, class_names=np.array(names, dtype=str), ...)."
+                ) from error
+            raise ValueError(
+                f"load needs a whole .npz file, got {str(path)!r}, which is damaged or cut short "
+                f"({type(error).__name__}: {error}). Copy or write the file again."
+            ) from error
+    if family is None:
+        raise ValueError(_missing(path, found))
+    for key in NAMES:
+        if key in values:
+            values[key] = tuple(values[key].reshape(-1).tolist())
+    if family == SINGLE:
+        return check(single(path.stem, **values))
+    return check(Dataset(path.stem, *(values.pop(key) for key in family), **values))
+
+
+def _missing(path: pathlib.Path, found: set[str]) -> str:
+    """Why no family of keys fits: what is there, what is wanted."""
+    shown = ", ".join(sorted(found)) or "no array at all"
+    if any(key.endswith(("text", "texts")) for key in found):
+        return (
+            f"load needs images, got text in {str(path)!r} (keys {shown}). "
+            'Text is not supported yet: give an .npz with train_images, or write load("digits").'
+        )
+    nearest = max(FAMILIES, key=lambda keys: len(found.intersection(keys)) / len(keys))
+    lacking = [key for key in nearest if key not in found]
+    hint = "Rename the arrays" if len(lacking) == len(nearest) else f"Add {' and '.join(lacking)}"
+    return (
+        f"load needs the keys {'; or '.join(', '.join(keys) for keys in FAMILIES)}, got {shown} in {str(path)!r}. "
+        f"{hint}: np.savez(path, {', '.join(f'{key}=...' for key in nearest)})."
+    )

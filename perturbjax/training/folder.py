@@ -1,0 +1,136 @@
+"""The folder of a run: what it is (run.json), its log (metrics.jsonl), its checkpoints, and its end (finished.npz).
+
+A folder belongs to one set of settings. The same command finds its own work there and goes on; another one is refused.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from perturbjax.training.checkpoint import FORMAT, NewerCheckpoint, dump_json
+
+RUN, LOG, FINISHED, CHECKPOINTS = "run.json", "metrics.jsonl", "finished.npz", "checkpoints"
+
+
+class OtherSettings(ValueError):
+    """A folder that was begun with other settings."""
+
+
+class RunFolder:
+    """`RunFolder(path)` makes the folder and locks it for this process; `close` (or leaving a `with`) unlocks it.
+
+    Raises ValueError if it can't be made or written, or if another process is training in it.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
+        except OSError as error:
+            raise ValueError(
+                f"RunFolder needs a folder that can be written, got {str(self.path)!r} ({error.strerror}). Name another one with --out."
+            ) from error
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets other processes use the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """Where `Checkpoints` writes."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def finished(self) -> pathlib.Path:
+        """The file that a finished run leaves."""
+        return self.path / FINISHED
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Records the run's settings (JSON-able), or compares them with those that are there.
+
+        Raises OtherSettings (a ValueError that shows the differences), NewerCheckpoint for a folder of a later version.
+        """
+        file, wanted = self.path / RUN, json.loads(json.dumps(settings))
+        if not file.exists():
+            if jax.process_index() == 0:
+                dump_json(file, {"format": FORMAT, "settings": wanted})
+            return
+        try:
+            found = json.loads(file.read_text())
+            number, there = found["format"], found["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"RunFolder needs a readable {file}, got a damaged one. Restore it, or name another --out."
+            ) from error
+        if number > FORMAT:
+            raise NewerCheckpoint(
+                f"RunFolder needs a folder of format {FORMAT} or less, got {number} in {file}: a newer perturbjax made it. "
+                "Install that version, or name another --out."
+            )
+        differences = [
+            f"  {key}: {_shown(there, key)} there, {_shown(wanted, key)} now"
+            for key in sorted({*there, *wanted})
+            if there.get(key) != wanted.get(key)
+        ]
+        if differences:
+            raise OtherSettings(
+                f"RunFolder needs the settings that {str(self.path)!r} was begun with, got others:\n"
+                + "\n".join(differences)
+                + "\nGive the same settings again, or name another --out."
+            )
+
+    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Adds lines to the log, on disk when this returns."""
+        if jax.process_index() == 0:
+            with open(self.path / LOG, "a") as log:
+                log.writelines(json.dumps(line) + "\n" for line in lines)
+                log.flush()
+                os.fsync(log.fileno())
+
+    @property
+    def log_size(self) -> int:
+        """Bytes of the log."""
+        file = self.path / LOG
+        return file.stat().st_size if file.exists() else 0
+
+    def cut_log(self, size: int) -> None:
+        """Takes away what was logged after the checkpoint that training goes on from."""
+        if jax.process_index() == 0 and self.log_size > size:
+            os.truncate(self.path / LOG, size)
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    return json.dumps(settings[key]) if key in settings else "not set"
+
+
+def _lock(path: pathlib.Path):
+    """An open file that the system unlocks when this process ends, however it ends; None where there are no such locks."""
+    if jax.process_index() > 0:  # process 0 holds it for all
+        return None
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(path / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"RunFolder needs a folder that nobody else trains in, got {str(path)!r}, which another process holds. "
+            "Wait for it, or name another --out."
+        ) from None
+    return file
