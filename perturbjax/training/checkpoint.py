@@ -82,6 +82,7 @@ class Checkpoints:
 
         Raises NewerCheckpoint for one written by a later version, ValueError for one of another structure.
         """
+        _silence_late_readers()
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 progress = self._read(step, progress=ocp.args.JsonRestore()).progress
@@ -94,7 +95,6 @@ class Checkpoints:
             except NewerCheckpoint:
                 raise
             except Exception as error:  # whatever Orbax, TensorStore or JSON say of broken files
-                _silence_late_readers()
                 aside = self.folder.with_name(f"damaged-{step}")
                 say(
                     f"checkpoint {step} is damaged ({_first_line(error)}): put aside as {aside.name}, the one before it is taken."
@@ -191,14 +191,16 @@ def _name(key: Any) -> str:
 
 
 def _silence_late_readers() -> None:
-    """After a failed read, TensorStore's other readers report to an event loop that is gone: pages that nobody can use."""
+    """When a read fails, TensorStore's other readers report to an event loop that is gone: pages that nobody can use."""
     before = sys.unraisablehook
 
     def hook(what):
         if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
             before(what)
 
-    sys.unraisablehook = hook
+    hook.silent = True  # type: ignore[attr-defined]
+    if not hasattr(before, "silent"):
+        sys.unraisablehook = hook
 
 
 def _first_line(error: BaseException) -> str:

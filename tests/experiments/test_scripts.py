@@ -126,6 +126,7 @@ def test_bench_measures_ratios_beside_ideals(tmp_path):
     bench.main([*small, "--methods", "la, lpa(site=stage1), sam", "--json", str(tmp_path / "bench.json")])
     found = json.loads((tmp_path / "bench.json").read_text())
     assert set(found["ratios"]) == {"la", "lpa(site=stage1)", "sam"} and found["trainer"] > 0
+    assert found["data_path"] > 0 and found["checkpoint"] > 0
     for entry in found["ratios"].values():
         assert entry["quotient"] == pytest.approx(entry["ratio"] / entry["ideal"])
     assert found["ratios"]["la"]["ideal"] == 1.0 and found["ratios"]["sam"]["ideal"] == 2.0
