@@ -4,8 +4,10 @@ What is read back is what was written, bit for bit, on any number of devices. Th
 that a crash or a bad disk has damaged is put aside, and the one before it is taken.
 """
 
+import errno
 import json
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-logging.getLogger("absl").setLevel("ERROR")  # Orbax tells a story at every save
+logging.getLogger("absl").setLevel(logging.CRITICAL + 1)  # Orbax logs every save and, of an error, pages; we raise it
 
 FORMAT = 1
 """Number of the form in which this version writes; a later version's is refused."""
@@ -204,8 +206,14 @@ def _silence_late_readers() -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0][:100] if text else "") or type(error).__name__
+    """What the system said, out of the layers' reports around it; or the start of the report."""
+    text = str(error).strip()
+    system = {
+        os.strerror(number)
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+    }
+    said = [reason for reason in system if reason in text]
+    return said[0] if said else (text.splitlines()[0][:100] if text else type(error).__name__)
 
 
 def load_variables(folder: str | pathlib.Path) -> dict:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from perturbjax.training.checkpoint import FORMAT, NewerCheckpoint, dump_json
+from perturbjax.training.checkpoint import FORMAT, CheckpointNotWritten, NewerCheckpoint, dump_json
 
 RUN, LOG, FINISHED, CHECKPOINTS = "run.json", "metrics.jsonl", "finished.npz", "checkpoints"
 
@@ -93,12 +93,19 @@ class RunFolder:
             )
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Adds lines to the log, on disk when this returns."""
-        if jax.process_index() == 0:
+        """Adds lines to the log, on disk when this returns. Raises CheckpointNotWritten if they can't be written."""
+        if jax.process_index() > 0:
+            return
+        try:
             with open(self.path / LOG, "a") as log:
                 log.writelines(json.dumps(line) + "\n" for line in lines)
                 log.flush()
                 os.fsync(log.fileno())
+        except OSError as error:
+            raise CheckpointNotWritten(
+                f"RunFolder needs room and permission to write in {self.path}, got: {error.strerror}. What was saved is kept; free some "
+                "space and give the same command again."
+            ) from error
 
     @property
     def log_size(self) -> int:

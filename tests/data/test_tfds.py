@@ -228,3 +228,14 @@ def test_tensorflow_is_never_imported_and_tfds_only_when_used(prepare):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "tiny/1.0.0: 8 training and 4 test images of 6x8x3 uint8, 2 classes of 4 to 4\n"
+
+
+@pytest.mark.optax_promotes  # schedules
+def test_a_prepared_set_is_compared_from_the_command_line(prepare, tmp_path):
+    from experiments import compare
+
+    prepare(train=30, test=10)
+    flags = ["--view", "none", "--model", "cnn", "--methods", "ce, lpl", "--seeds", "1", "--epochs", "2", "--batch-size", "8"]
+    compare.main(["--data", "tfds:tiny", *flags, "--cost-rounds", "0", "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["data"]["train_size"] == 30 and found["data"]["class_names"] == CLASSES
