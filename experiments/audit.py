@@ -1,0 +1,374 @@
+"""Whose labels are probably wrong? One training, and every sample ranked by the perturbation that it needed.
+
+    python experiments/audit.py --data mine.npz --model cnn --out DIR                 # your own data
+    python experiments/audit.py --view "noise(symmetric, 0.2)" --out DIR              # known flips: how good is the ranking?
+    python experiments/audit.py --data photos/ --model resnet20 --seeds 3 --out DIR   # and how much do seeds disagree?
+
+Writes to --out: audit.csv (every training sample, the most suspicious first: given and suggested label, score, the signals behind it),
+sheet.html (the most suspicious ones as pictures or texts), cleaned.npz (without the flagged ones, or relabelled; --data reads it), and
+audit.json (noise rate, confusion, threshold; where the true labels are known, how well each score finds the wrong ones, beside
+cleanlab's from out-of-fold predictions of the same net).
+
+The signals are means over training (perturbjax.analysis.dynamics): so train shortly. A net that is trained long enough fits wrong labels
+too, and its mean prediction with them. Interrupted, the same command goes on.
+"""
+
+import base64
+import csv
+import dataclasses
+import html
+import importlib.util
+import io
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.special import softmax
+from sklearn.model_selection import StratifiedKFold
+
+from experiments import shared
+from perturbjax.analysis import audit
+from perturbjax.analysis.dynamics import dynamics, mean_dynamics, sample_signals
+from perturbjax.data import Dataset
+from perturbjax.data.dataset import take
+from perturbjax.training import History, Recipe, RunFolder, cost_ratios, device_data, fit, init_state
+from perturbjax.training.checkpoint import Checkpoints
+from perturbjax.training.devices import to_host
+from perturbjax.training.step import as_arrays, compiled_step
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditSettings(shared.Settings):
+    """Flags of audit.py."""
+
+    view: str = "none"
+    """What is made of the data first; noise(kind, rate) flips labels to try the audit on."""
+    epochs: int = 20
+    """Passes over the data of each training; more, and wrong labels are learnt too."""
+    method: str = "ce"
+    """What is trained, as in train.py."""
+    seeds: int = 1
+    """Trainings whose signals are averaged; from 2 on, their disagreement is a signal too."""
+    evidence: str = "memory"
+    """memory: signals of the training itself; folds: of the predictions for samples left out, --folds trainings per seed."""
+    folds: int = 5
+    """Folds of the out-of-fold predictions: the evidence, or cleanlab's where the true labels are known (0: no cleanlab)."""
+    weight: float = 0.175
+    """LogPert's λ: every sample's true-class probability is to be lifted to 1 − λ."""
+    top: int = 200
+    """Samples on the contact sheet."""
+    clean: str = "drop"
+    """What cleaned.npz makes of flagged samples: drop or relabel."""
+    out: str | None = None
+    """Folder; runs/audit-DATA-VIEW if not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """A method with the recorder before it; hashable, as a recipe's builder must be."""
+
+    method: shared.Method
+    weight: float
+
+    def __call__(self, numbers: Any) -> tuple:
+        return (dynamics(weight=self.weight), *self.method(numbers))
+
+
+@dataclasses.dataclass
+class Evidence:
+    """What the trainings say of every sample."""
+
+    signals: dict[str, np.ndarray]
+    probability: np.ndarray  # [N, C]
+    trainings: int
+
+
+def main(argv: list[str]) -> None:
+    """Runs the audit."""
+    settings = shared.first_flags(argv, AuditSettings, __doc__)
+    methods = shared.parse_methods(settings.method, settings.plugin)
+    check(settings, methods)
+    [(typed, (method, numbers))] = methods.items()
+    dataset = shared.load_view(settings, 0)
+    shared.check_runs(settings, dataset, methods)
+    with shared.prepare_out(settings.out, "audit", settings.view, shared.identity(settings, dataset)) as folder:
+        console, began = Console(), time.perf_counter()
+        shared.print_notes(dataset, console)
+        numbers = shared.make_numbers(settings, numbers)
+        recipe = shared.make_recipe(settings, dataset, method)
+        if settings.evidence == "memory":
+            found = from_memory(settings, recipe, numbers, dataset, folder.path)
+        else:
+            found = from_folds(settings, recipe, numbers, dataset, folder.path)
+        score = audit.combined(found.signals)
+        flagged = audit.suspects(found.probability, dataset.train_labels)
+        suggestion = audit.suggested(found.probability, dataset.train_labels)
+        report = summary(settings, dataset, found, score, flagged, suggestion)
+        if settings.evidence == "memory":
+            report["cost"] = {"recorder": recorder_cost(settings, recipe, numbers, dataset)}
+        if report["noise_rate"]["true"] is not None and settings.folds:
+            report["baselines"]["cleanlab"] = cleanlab(settings, recipe, numbers, dataset, folder.path, console)
+        report["seconds"] = time.perf_counter() - began
+        order = np.argsort(-score, kind="stable")
+        write_csv(folder.path / "audit.csv", dataset, order, score, flagged, suggestion, found)
+        (folder.path / "sheet.html").write_text(sheet(dataset, order[: settings.top], score, flagged, suggestion))
+        write_cleaned(folder.path / "cleaned.npz", dataset, flagged, suggestion, relabel=settings.clean == "relabel")
+        (folder.path / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
+        show(report, dataset, folder.path, console)
+
+
+def check(settings: AuditSettings, methods: dict) -> None:
+    """Raises ValueError for flags that can't be."""
+    if len(methods) != 1:
+        raise ValueError(f"--method needs one method, got {len(methods)}. Chain with +.")
+    for flag, value, known in (
+        ("evidence", settings.evidence, ("memory", "folds")),
+        ("clean", settings.clean, ("drop", "relabel")),
+    ):
+        if value not in known:
+            raise ValueError(f"--{flag} needs {' or '.join(known)}, got {value!r}.")
+    if settings.seeds < 1:
+        raise ValueError(f"--seeds needs at least 1, got {settings.seeds}.")
+    if settings.folds < (2 if settings.evidence == "folds" else 0) or settings.folds == 1:
+        raise ValueError(f"--folds needs at least 2, or 0 for no cleanlab, got {settings.folds}.")
+    if not 0 < settings.weight < 1:
+        raise ValueError(f"--weight needs 0 < λ < 1, got {settings.weight}.")
+
+
+def from_memory(settings: AuditSettings, recipe: Recipe, numbers: dict, dataset: Dataset, out: pathlib.Path) -> Evidence:
+    """The signals that --seeds trainings recorded on the way."""
+    watched = dataclasses.replace(recipe, build=Watched(recipe.build, settings.weight))
+    parts, wrong = [], []
+    for seed in range(settings.seeds):
+        history, recorded = trained(settings, watched, numbers, dataset, seed, out / f"seed-{seed}")
+        parts.append(mean_dynamics(recorded))
+        wrong.append(history)
+    averaged = {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
+    found = audit.signals(averaged)
+    if settings.seeds > 1:
+        tops = np.stack([np.nan_to_num(part["probability"]).argmax(1) for part in parts])
+        found["disagreement"] = (tops != dataset.train_labels[None]).mean(0)
+    return Evidence(found, averaged["probability"], settings.seeds)
+
+
+def from_folds(settings: AuditSettings, recipe: Recipe, numbers: dict, dataset: Dataset, out: pathlib.Path) -> Evidence:
+    """The signals of out-of-fold predictions."""
+    logits = np.stack([out_of_fold(settings, recipe, numbers, dataset, seed, out) for seed in range(settings.seeds)])
+    parts = [jax.device_get(sample_signals(l, dataset.train_labels, settings.weight)) for l in logits]
+    averaged = {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
+    found = audit.signals(averaged)
+    if settings.seeds > 1:
+        found["disagreement"] = (logits.argmax(-1) != dataset.train_labels[None]).mean(0)
+    return Evidence(found, averaged["probability"], settings.folds * settings.seeds)
+
+
+def trained(settings, recipe: Recipe, numbers: dict, dataset: Dataset, seed: int, path: pathlib.Path) -> tuple[History, Any]:
+    """(history, the first link's state) of one training in a folder of its own; a finished one is read from its last checkpoint."""
+    with RunFolder(path) as folder:
+        options = shared.options(settings)
+        if not folder.finished.exists():
+            history = fit(recipe, dataset, numbers, seed, folder=folder, options=options)
+            history.save(folder.finished)
+            return history, history.state.states[0] if history.state.states else None
+        history = History.load(folder.finished)
+        like = to_host(init_state(recipe, numbers, device_data(dataset), seed))
+        with Checkpoints(folder.checkpoints) as checkpoints:
+            _, state, _ = checkpoints.restore(like, options.say)
+        return history, state.states[0] if state.states else None
+
+
+def out_of_fold(settings, recipe: Recipe, numbers: dict, dataset: Dataset, seed: int, out: pathlib.Path) -> np.ndarray:
+    """[N, C] logits of every sample by a net that was trained without it."""
+    labels, fewest = dataset.train_labels, int(dataset.class_counts.min())
+    if fewest < settings.folds:
+        raise ValueError(
+            f"--folds needs at least that many samples of every class, got {settings.folds} folds and a class of {fewest}. "
+            f"Write --folds {fewest if fewest > 1 else 0}."
+        )
+    splits = list(StratifiedKFold(settings.folds, shuffle=True, random_state=seed).split(labels, labels))
+    size = min(len(rest) for rest, _ in splits)  # one size for all folds: one compilation
+    logits = np.zeros((len(labels), dataset.num_classes), np.float32)
+    for fold, (rest, held) in enumerate(splits):
+        part = take(dataset, rest[:size])
+        part = dataclasses.replace(part, test_images=dataset.train_images[held], test_labels=labels[held])
+        of_part = dataclasses.replace(recipe, num_examples=size)
+        history, _ = trained(settings, of_part, numbers, part, seed, out / f"seed-{seed}-fold-{fold}-of-{settings.folds}")
+        logits[held] = history.logits
+    return logits
+
+
+def summary(settings, dataset: Dataset, found: Evidence, score, flagged, suggestion) -> dict:
+    """audit.json, without the baselines that need trainings of their own."""
+    wrong, known = dataset.flipped, bool(dataset.flipped.any())
+    counts = np.maximum(dataset.class_counts, 1)
+    by_class = [
+        {
+            "class": name,
+            "samples": int(dataset.class_counts[c]),
+            "estimated": float(flagged[dataset.train_labels == c].sum() / counts[c]),
+            "true": float(wrong[dataset.train_labels == c].sum() / counts[c]) if known else None,
+        }
+        for c, name in enumerate(dataset.class_names)
+    ]
+    single = {name: audit.quality(values, wrong) for name, values in found.signals.items()} if known else {}
+    overall = audit.quality(score, wrong) if known else None
+    return {
+        "command": shared.command_line(),
+        "versions": shared.versions(),
+        "data": {
+            "name": dataset.name,
+            "train_size": len(wrong),
+            "subset_hash": dataset.subset_hash,
+            "views": list(dataset.views),
+        },
+        "settings": dataclasses.asdict(settings),
+        **(overall or {"auroc": None, "average_precision": None, "precision_at_k": None, "k": None}),
+        "f1_at_threshold": audit.threshold_quality(flagged, wrong) if known else None,
+        "flagged": int(flagged.sum()),
+        "trainings": found.trainings,
+        "by_class": by_class,
+        "noise_rate": {"estimated": float(flagged.mean()), "true": float(wrong.mean()) if known else None},
+        "confusion": audit.confusion(dataset.train_labels, suggestion, flagged, dataset.num_classes).tolist(),
+        "signals": single,
+        "baselines": {"cleanlab": None, "loss": single.get("loss"), "aum": single.get("aum")},
+    }
+
+
+def cleanlab(settings, recipe: Recipe, numbers: dict, dataset: Dataset, out: pathlib.Path, console: Console) -> dict | None:
+    """How well cleanlab's scores find the wrong labels, from out-of-fold predictions of the same net; None without cleanlab."""
+    if importlib.util.find_spec("cleanlab") is None:
+        console.print("cleanlab is not installed, so there is no comparison with it: pip install cleanlab")
+        return None
+    probability = softmax(out_of_fold(settings, recipe, numbers, dataset, 0, out).astype(np.float64), axis=1)
+    scores = audit.cleanlab_scores(dataset.train_labels, probability)
+    each = {name: audit.quality(score, dataset.flipped) for name, score in scores.items()}
+    best = lambda key: max(quality[key] for quality in each.values())
+    keys = ("auroc", "average_precision", "precision_at_k")
+    return {**{key: best(key) for key in keys}, "trainings": settings.folds, "methods": each}
+
+
+def recorder_cost(settings, recipe: Recipe, numbers: dict, dataset: Dataset) -> float:
+    """A step with the recorder over one without, in paired rounds."""
+
+    def program(of: Recipe):
+        data, arrays, step = device_data(dataset), as_arrays(numbers), compiled_step(of)
+        held, index = [init_state(of, numbers, data, 0)], np.arange(of.batch_size, dtype=np.int32)[None]
+
+        def run():
+            held[0], metrics, _ = step(held[0], arrays, data, index)
+            return metrics["loss"]
+
+        return run
+
+    programs = {
+        "plain": program(recipe),
+        "watched": program(dataclasses.replace(recipe, build=Watched(recipe.build, settings.weight))),
+    }
+    return cost_ratios(programs, "plain", rounds=9, steps=5)["watched"]
+
+
+def write_csv(path: pathlib.Path, dataset: Dataset, order, score, flagged, suggestion, found: Evidence) -> None:
+    """Every training sample, the most suspicious first."""
+    known = dataset.flipped.any()
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["index", "given", "suggested", "score", "flagged", *found.signals, *(["true"] if known else [])])
+        names = dataset.class_names
+        for i in order:
+            parts = [f"{values[i]:.6g}" for values in found.signals.values()]
+            truth = [names[dataset.true_labels[i]]] if known else []
+            rows.writerow([
+                int(dataset.train_index[i]), names[dataset.train_labels[i]], names[suggestion[i]], f"{score[i]:.6g}", int(flagged[i]),
+                *parts, *truth,
+            ])  # fmt: skip
+
+
+def write_cleaned(path: pathlib.Path, dataset: Dataset, flagged, suggestion, *, relabel: bool) -> None:
+    """The training set without the flagged samples, or with the suggested labels; everything else as it is."""
+    kept = np.ones(len(flagged), bool) if relabel else ~flagged
+    empty = np.bincount(dataset.train_labels[kept], minlength=dataset.num_classes) == 0
+    for c in np.flatnonzero(empty):  # a class that would vanish keeps its samples: a person has to look
+        kept |= dataset.train_labels == c
+    labels = np.where(flagged, suggestion, dataset.train_labels) if relabel else dataset.train_labels
+    np.savez_compressed(
+        path, train_images=dataset.train_images[kept], train_labels=labels[kept], train_index=dataset.train_index[kept],
+        test_images=dataset.test_images, test_labels=dataset.test_labels, class_names=np.array(dataset.class_names, dtype=str),
+    )  # fmt: skip
+
+
+def sheet(dataset: Dataset, order, score, flagged, suggestion) -> str:
+    """The contact sheet: one self-contained page."""
+    names = [html.escape(name) for name in dataset.class_names]
+    cards = []
+    for i in order:
+        truth = ""
+        if dataset.flipped.any():
+            truth = f"<br>true: {names[dataset.true_labels[i]]}{' ✗' if dataset.flipped[i] else ' ✓'}"
+        cards.append(
+            f'<figure class="{"flagged" if flagged[i] else ""}">{preview(dataset, i)}<figcaption>#{int(dataset.train_index[i])}<br>'
+            f"given: <b>{names[dataset.train_labels[i]]}</b><br>suggested: <b>{names[suggestion[i]]}</b>{truth}<br>"
+            f"score {score[i]:.3f}</figcaption></figure>"
+        )
+    title = f"{html.escape(dataset.name)}: the {len(cards)} most suspicious labels of {len(flagged)}"
+    style = (
+        "body{font:14px system-ui,sans-serif;margin:2rem;color:#222}main{display:flex;flex-wrap:wrap;gap:.75rem}"
+        "figure{margin:0;padding:.5rem;width:9.5rem;border:1px solid #ccc;border-radius:6px}figure.flagged{border-color:#b3261e;"
+        "box-shadow:inset 0 0 0 1px #b3261e}img{width:100%;image-rendering:pixelated;display:block}figcaption{font-size:12px;"
+        "line-height:1.35;margin-top:.4rem;overflow-wrap:anywhere}.text{width:22rem}"
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head><body>'
+        f"<h1>{title}</h1><p>The most suspicious first. Framed in red: flagged, since the mean prediction over training is another class. "
+        "The number is the sample's position in its source; audit.csv has all samples and the signals behind the score.</p>"
+        f"<main>{''.join(cards)}</main></body></html>\n"
+    )
+
+
+def preview(dataset: Dataset, i: int) -> str:
+    """A sample as HTML."""
+    from PIL import Image
+
+    image = np.asarray(dataset.train_images[i])
+    pixels = image if image.dtype == np.uint8 else np.rint(255 * image).astype(np.uint8)
+    shown = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3])
+    stream = io.BytesIO()
+    shown.save(stream, "PNG")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+
+
+def show(report: dict, dataset: Dataset, out: pathlib.Path, console: Console) -> None:
+    """The outcome on the terminal."""
+    rate, n = report["noise_rate"], report["data"]["train_size"]
+    truth = "" if rate["true"] is None else f" (really {100 * rate['true']:.1f} %)"
+    console.print(
+        f"{report['flagged']} of {n} labels look wrong: an estimated {100 * rate['estimated']:.1f} %{truth}. "
+        f"{report['trainings']} training{'s' if report['trainings'] > 1 else ''}, {report['seconds']:.0f} s.",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if report["auroc"] is not None:
+        shown = Table("score", "AUROC", "average precision", "precision at k", "trainings", box=None)
+        for column in shown.columns[1:]:
+            column.justify = "right"
+        rows = [("combined", report, report["trainings"])]
+        rows += [(name, quality, report["trainings"]) for name, quality in report["signals"].items()]
+        best = report["baselines"]["cleanlab"]
+        rows += [
+            (f"cleanlab {name}", quality, best["trainings"]) for name, quality in (best or {"methods": {}})["methods"].items()
+        ]
+        for name, quality, trainings in rows:
+            numbers = [f"{quality[key]:.3f}" for key in ("auroc", "average_precision", "precision_at_k")]
+            shown.add_row(name, *numbers, str(trainings))
+        console.print(shown)
+        console.print(
+            f"k = {report['k']}, the wrong labels; F1 of the flagged ones {report['f1_at_threshold']:.3f}", highlight=False
+        )
+    console.print(f"Wrote audit.csv, sheet.html, cleaned.npz and audit.json to {out}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    shared.start(main)
