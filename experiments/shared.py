@@ -388,6 +388,7 @@ def record(histories: Sequence[History], datasets: Sequence[Dataset]) -> dict:
         "head": over("head"),
         "medium": over("medium"),
         "tail": over("tail"),
+        "memorised": None if histories[0].memorised is None else summary([h.memorised for h in histories]),
         "per_class": mean_by_class([run["per_class"] for run in runs]),
         "cost_ratio": None,
         "gradient_evaluations": float(np.mean([h.gradient_evaluations for h in histories])),

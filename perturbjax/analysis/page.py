@@ -116,6 +116,7 @@ COLUMNS = {
     "head": ("head", "%"),
     "medium": ("medium", "%"),
     "tail": ("tail", "%"),
+    "memorised": ("memorised", "% of wrong labels"),
     "cost_ratio": ("cost", "× plain"),
     "gradient_evaluations": ("gradients", "a step"),
     "seconds": ("time", "s"),
@@ -165,6 +166,7 @@ def _reading(results):
         "ece": "Expected calibration error, 15 bins: how far confidence and accuracy lie apart. Lower is better.",
         "head": "Mean accuracy of the 30 % of the classes most frequent in the training data (head), of the middle "
         "40 % (medium) and of the rarest 30 % (tail).",
+        "memorised": "Share of the training samples with a known wrong label that the trained net predicts as that label. Lower is better.",
         "cost_ratio": "Cost of training as a multiple of plain training.",
         "gradient_evaluations": "Gradient evaluations of the whole network in a training step; <em>inner</em>: those "
         "of only the part after the perturbed site.",

@@ -50,11 +50,13 @@ def table(results: dict, *, ascii: bool = False, wide: bool = False) -> Table:
     methods, marks = results["methods"], ("+/-", "-", "-") if ascii else ("±", "-", "–")
     cells, seeds, first = text_cells(results, *marks), num_seeds(results), next(iter(methods))
     plain = lambda text: Text(text.encode("ascii", "backslashreplace").decode() if ascii else text)
-    title = {"accuracy": "accuracy", "head": "head", "medium": "med.", "tail": "tail", "difference": "difference"}
+    title = {"accuracy": "accuracy", "head": "head", "medium": "med.", "tail": "tail", "memorised": "memo."}
+    title |= {"difference": "difference"}
     title |= {"cost_ratio": "cost", "gradient_evaluations": "grads", "seconds": "secs"}
     note = f"accuracy in % at the last epoch, {f'mean {marks[0]} std over {seeds} seeds' if seeds > 1 else 'one seed'}"
     if "difference" in cells:
         note += f"; difference to {first} in points" + (", [95 % interval, paired over seeds]" if seeds > 1 else "")
+    note += "; memo.: wrong training labels that the net has learnt" * ("memorised" in cells)
     note += "; cost: times plain training" * ("cost_ratio" in cells)
     note += "; grads: gradient evaluations a step" * ("gradient_evaluations" in cells)
     out = Table(
@@ -110,7 +112,7 @@ def text_cells(results: dict, plus_minus: str = "±", minus: str = "−", none: 
     mean = lambda entry: number(100 * entry["mean"] if entry and entry["mean"] is not None else None, "{:.1f}")
     seconds = lambda x: none if x is None else f"{x:.1f}" if x < 100 else f"{x:.0f}"
     forms = {"accuracy": spread, "difference": difference, "best_epoch_accuracy": spread, "top5": mean, "ece": mean}
-    forms |= dict.fromkeys(("head", "medium", "tail"), mean)
+    forms |= dict.fromkeys(("head", "medium", "tail", "memorised"), mean)
     forms |= dict.fromkeys(("cost_ratio", "gradient_evaluations", "inner_evaluations"), lambda x: number(x, "{:.2f}"))
     forms["seconds"] = seconds
     cells = {key: [form(m.get(key)) for m in results["methods"].values()] for key, form in forms.items()}

@@ -31,6 +31,8 @@ class History:
     """The links' metrics, averaged over the last epoch."""
     losses: tuple[np.ndarray, np.ndarray, np.ndarray] | None
     """Plain losses, perturbed losses and labels of training samples at the end; None without perturbations of the loss."""
+    memorised: float | None = None
+    """Share of the training samples with a known wrong label that are predicted as that label at the end; None without any."""
     examples_per_second: float = 0.0
     """Training samples over `seconds`."""
     peak_memory: int = 0

@@ -321,12 +321,21 @@ class _Training:
         checkpoints.wait()
         return f"stopped at {at}, saved in {self.folder.path}. The same command goes on from there."
 
-    def _predict(self, state: Any, s: int) -> np.ndarray:
+    def _memorised(self, state: Any, s: int) -> float | None:
+        dataset = self.runs[s].dataset
+        rows = np.flatnonzero(dataset.flipped)
+        if not rows.size:
+            return None
+        fitted = self._predict(state, s, dataset.train_images[rows]).argmax(1)
+        return float(np.mean(fitted == dataset.train_labels[rows]))
+
+    def _predict(self, state: Any, s: int, images: np.ndarray | None = None) -> np.ndarray:
+        """Logits of one run for images, by default its test images."""
         of = (lambda tree: jax.tree.map(lambda x: x[s], tree)) if self.many else (lambda tree: tree)
         params, stats = of(state.params), of(state.stats)
         if jax.process_count() > 1:  # every process evaluates on a device of its own
             params, stats = to_host((params, stats))
-        return predict(self.recipe.model, params, stats, self.test_images[s])
+        return predict(self.recipe.model, params, stats, self.test_images[s] if images is None else images)
 
     def _explained(self, trouble: Trouble, good: TrainState, checkpoints: Checkpoints | None) -> str:
         run = self.runs[trouble.run]
@@ -366,6 +375,7 @@ class _Training:
                     inner_evaluations=sum(v for k, v in metrics.items() if k.endswith("inner_evaluations")),
                     metrics=metrics,
                     losses=training_losses(recipe, own, run.numbers, run.dataset, run.seed, streamed=self.feed.streamed),
+                    memorised=self._memorised(last, s),
                     examples_per_second=recipe.total_steps * recipe.batch_size * many / max(progress.seconds, 1e-9),
                     peak_memory=peak_memory(),
                     state=own,

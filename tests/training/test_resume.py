@@ -257,3 +257,13 @@ def test_the_reader_in_the_background_hands_on_items_and_errors_and_stops_when_c
     endless = ahead(iter(int, 1), 2)
     assert next(endless) == 0
     endless.close()
+
+
+def test_memorised_wrong_labels_are_counted():
+    """A net with momentum and enough steps fits the flipped labels; one that has learnt nothing yet fits about a third of them."""
+    from perturbjax.data import apply_views, noise
+
+    noisy = apply_views(dataset(), [noise("symmetric", 0.25)], 0)
+    found = {epochs: fit(recipe(epochs=epochs), noisy, NUMBERS | {"learning_rate": 0.1}, 0) for epochs in (1, 80)}
+    assert 0 <= found[1].memorised < found[80].memorised and found[80].memorised > 0.5
+    assert fit(recipe(epochs=1), dataset(), NUMBERS, 0).memorised is None
