@@ -30,6 +30,7 @@ from perturbjax.analysis import paired_difference, print_table, save_results, wr
 from perturbjax.data import Dataset, epoch_order
 from perturbjax.training import Checkpoints, History, Recipe, Run, RunFolder, cost_ratios, device_data, fit_many, init_state
 from perturbjax.training.devices import to_host
+from perturbjax.training.folder import keep_model
 from perturbjax.training.step import as_arrays, compiled_step
 
 PLAIN = "ce"
@@ -186,6 +187,7 @@ def keep(one: Planned, history: History, *, split: bool) -> None:
     if split:
         with Checkpoints(one.folder / "checkpoints") as checkpoints:
             checkpoints.save(one.recipe.total_steps, to_host(history.state), {})
+        keep_model(one.folder, one.recipe.model)
     history.save(one.folder / "finished.npz")
 
 

@@ -1,8 +1,9 @@
-"""The folder of a run: what it is (run.json), its log (metrics.jsonl), its checkpoints, and its end (finished.npz).
+"""The folder of a run: what it is (run.json, model.json), its log (metrics.jsonl), its checkpoints, and its end (finished.npz).
 
 A folder belongs to one set of settings. The same command finds its own work there and goes on; another one is refused.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -11,9 +12,10 @@ from typing import Any
 
 import jax
 
+from perturbjax.models.describe import describe
 from perturbjax.training.checkpoint import FORMAT, CheckpointNotWritten, NewerCheckpoint, dump_json
 
-RUN, LOG, FINISHED, CHECKPOINTS = "run.json", "metrics.jsonl", "finished.npz", "checkpoints"
+RUN, MODEL, LOG, FINISHED, CHECKPOINTS = "run.json", "model.json", "metrics.jsonl", "finished.npz", "checkpoints"
 
 
 class OtherSettings(ValueError):
@@ -117,6 +119,12 @@ class RunFolder:
         """Takes away what was logged after the checkpoint that training goes on from."""
         if jax.process_index() == 0 and self.log_size > size:
             os.truncate(self.path / LOG, size)
+
+
+def keep_model(path: pathlib.Path, model: Any) -> None:
+    """Writes what the net is to `path`/model.json, from which a later run can make it again (as a teacher); not for foreign nets."""
+    with contextlib.suppress(ValueError):
+        dump_json(path / MODEL, describe(model))
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:

@@ -21,7 +21,7 @@ from perturbjax.training.checkpoint import Checkpoints
 from perturbjax.training.devices import Devices, from_host, to_host
 from perturbjax.training.diagnose import Trouble, explain
 from perturbjax.training.feed import Call, Feed, stacked, step_size, streams
-from perturbjax.training.folder import RunFolder
+from perturbjax.training.folder import RunFolder, keep_model
 from perturbjax.training.history import History
 from perturbjax.training.interrupt import Interrupted, on_request
 from perturbjax.training.step import (
@@ -199,6 +199,8 @@ class _Training:
             self.options.say(f"{self.folder.path}: goes on after step {step} of {self.recipe.total_steps}.")
         if self.folder is not None:
             self.folder.cut_log(self.progress.log_size)
+            if jax.process_index() == 0:
+                keep_model(self.folder.path, self.recipe.model)
         return host
 
     def _train(self, state: Any, good: TrainState, checkpoints: Checkpoints | None, wish) -> Any:
