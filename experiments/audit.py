@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
         console, began = Console(), time.perf_counter()
         shared.print_notes(dataset, console)
         numbers = shared.make_numbers(settings, numbers)
-        recipe = shared.make_recipe(settings, dataset, method)
+        recipe = shared.make_recipe(settings, dataset, method, shared.channel_stats(settings))
         if settings.evidence == "memory":
             found = from_memory(settings, recipe, numbers, dataset, folder.path)
         else:

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         shared.print_notes(datasets[0], console)
         results_file, report = folder.path / "results.json", folder.path / "report.html"
         started = time.perf_counter()
-        if (results := finished(results_file, list(methods), list(seeds))) is None:
+        if (results := finished(settings, results_file, list(methods), list(seeds))) is None:
             histories = train_all(settings, datasets, methods, folder.path, console)
             results = summarise(settings, datasets, methods, histories)
             if jax.process_index() == 0:
@@ -77,13 +77,14 @@ def main(argv: list[str]) -> None:
         console.print(f"{took:.0f} s. Wrote {results_file} and {report}", soft_wrap=True, highlight=False)
 
 
-def finished(file: pathlib.Path, methods: list[str], seeds: list[int]) -> dict | None:
+def finished(settings: CompareSettings, file: pathlib.Path, methods: list[str], seeds: list[int]) -> dict | None:
     """The results that are there already, if they are of these methods and seeds."""
-    if not file.exists():
+    found = shared.read_results(file)
+    if found is None:
         return None
-    found = json.loads(file.read_text())
     same = list(found["methods"]) == methods and found["settings"]["seeds"] == seeds
-    return found if same else None
+    timed = not settings.cost_rounds or all(entry["cost_ratio"] is not None for entry in found["methods"].values())
+    return found if same and timed else None
 
 
 def summarise(settings: CompareSettings, datasets: list[Dataset], methods: dict, histories: dict) -> dict:
@@ -111,6 +112,11 @@ class Planned:
     folder: pathlib.Path
     identity: dict
 
+    @property
+    def name(self) -> str:
+        """For people and for the folders of groups."""
+        return f"{self.typed}, seed {self.run.seed}"
+
 
 def plan(settings: CompareSettings, datasets: list[Dataset], methods: dict, out: pathlib.Path) -> list[Planned]:
     """All runs, method by method."""
@@ -120,7 +126,9 @@ def plan(settings: CompareSettings, datasets: list[Dataset], methods: dict, out:
             what = shared.identity(settings, dataset, method=typed, seed=seed)
             run = Run(dataset, shared.make_numbers(settings, numbers), seed, typed)
             place = out / "runs" / f"{shared.slug(typed)}-{digest(typed)}" / f"seed-{seed}"
-            planned.append(Planned(typed, shared.make_recipe(settings, dataset, method), run, place, what))
+            planned.append(
+                Planned(typed, shared.make_recipe(settings, dataset, method, shared.channel_stats(settings)), run, place, what)
+            )
     return planned
 
 
@@ -135,15 +143,17 @@ def train_all(settings: CompareSettings, datasets: list[Dataset], methods: dict,
     for one in planned:
         with RunFolder(one.folder) as folder:
             folder.claim(one.identity)
-            if folder.finished.exists():
-                histories[one.folder] = History.load(folder.finished)
-    left = [one for one in planned if one.folder not in histories]
+            if (history := shared.finished_run(folder)) is not None:
+                histories[one.folder] = history
+    begun = begun_groups(planned, out)
+    taken = {one.folder for group in begun for one in group}
+    left = [one for one in planned if one.folder not in histories and one.folder not in taken]
     together = jax.default_backend() != "cpu" if settings.vmapped is None else settings.vmapped
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
     # Nothing is drawn where there is no terminal: a log file holds the table only.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=len(planned) * settings.epochs, completed=len(histories) * settings.epochs)
-        for group in groups(left) if together else [[one] for one in left]:
+        for group in [*begun, *(groups(left) if together else [[one] for one in left])]:
             names = ", ".join(dict.fromkeys(one.typed for one in group))
             progress.update(
                 bar, description=f"{names}, seed {', '.join(str(s) for s in sorted({one.run.seed for one in group}))}"
@@ -161,34 +171,48 @@ def groups(planned: list[Planned]) -> list[list[Planned]]:
     return list(found.values())
 
 
+def begun_groups(planned: list[Planned], out: pathlib.Path) -> list[list[Planned]]:
+    """Groups that an interrupted comparison left behind, as long as all their runs are still wanted: they go on as they began."""
+    by_name, found = {one.name: one for one in planned}, []
+    for file in sorted(out.glob("runs/together-*/run.json")):
+        names = json.loads(file.read_text())["settings"]["runs"]
+        if all(name in by_name for name in names):
+            found.append([by_name[name] for name in names])
+    return found
+
+
 def train_group(settings: CompareSettings, group: list[Planned], out: pathlib.Path, tick: Callable) -> dict:
     """{folder: History}. One run trains in its own folder; several in a common one, until they are finished."""
-    names = [f"{one.typed}, seed {one.run.seed}" for one in group]
+    names = [one.name for one in group]
     common = group[0].folder if len(group) == 1 else out / "runs" / f"together-{digest('; '.join(names))}"
     with RunFolder(common) as folder:
         folder.claim(group[0].identity if len(group) == 1 else {"runs": names, **group[0].identity})
         try:
             histories = fit_many(
                 group[0].recipe, [one.run for one in group], on_epoch=tick, folder=folder,
-                options=shared.options(settings, folder.path),
+                options=shared.options(settings, out if len(group) > 1 else folder.path),
             )  # fmt: skip
         except FloatingPointError as error:
             raise FloatingPointError(f"{', '.join(dict.fromkeys(one.typed for one in group))}: {error}") from error
-        if jax.process_index() == 0:
-            for one, history in zip(group, histories, strict=True):
-                keep(one, history, split=len(group) > 1)
+        for one, history in zip(group, histories, strict=True):
+            if len(group) > 1:
+                split_off(one, history, common)
+            if jax.process_index() == 0:
+                history.save(one.folder / "finished.npz")
     if len(group) > 1 and jax.process_index() == 0:
         shutil.rmtree(common)
     return {one.folder: history for one, history in zip(group, histories, strict=True)}
 
 
-def keep(one: Planned, history: History, *, split: bool) -> None:
-    """Writes a finished run to its folder; with `split` its last state too, which its group's checkpoints held."""
-    if split:
-        with Checkpoints(one.folder / "checkpoints") as checkpoints:
-            checkpoints.save(one.recipe.total_steps, to_host(history.state), {})
+def split_off(one: Planned, history: History, common: pathlib.Path) -> None:
+    """Gives a run of a group what a run of its own would have left: its last checkpoint, its log, its net's description."""
+    with Checkpoints(one.folder / "checkpoints") as checkpoints:  # in every process: they write together
+        checkpoints.save(one.recipe.total_steps, to_host(history.state), history.progress)
+    if jax.process_index() == 0:
         keep_model(one.folder, one.recipe.model)
-    history.save(one.folder / "finished.npz")
+        lines = [json.loads(line) for line in (common / "metrics.jsonl").read_text().splitlines()]
+        own = [line for line in lines if (line["method"], line["seed"]) == (one.typed, one.run.seed)]
+        (one.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
 
 
 def measure_costs(settings: shared.Settings, dataset: Dataset, methods: dict, rounds: int) -> dict[str, float]:
@@ -206,7 +230,10 @@ def measure_costs(settings: shared.Settings, dataset: Dataset, methods: dict, ro
 
 def stepper(settings: shared.Settings, dataset: Dataset, method: shared.Method, numbers: tuple):
     """A call that trains one more step on the first batch."""
-    recipe, wanted = shared.make_recipe(settings, dataset, method), shared.make_numbers(settings, numbers)
+    recipe, wanted = (
+        shared.make_recipe(settings, dataset, method, shared.channel_stats(settings)),
+        shared.make_numbers(settings, numbers),
+    )
     data = device_data(dataset)
     held = [init_state(recipe, wanted, data, 0)]
     step, arrays = compiled_step(recipe), as_arrays(wanted)

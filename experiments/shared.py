@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import itertools
 import pathlib
@@ -10,6 +11,7 @@ import platform
 import re
 import runpy
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,8 +22,8 @@ import numpy as np
 from rich.console import Console
 
 from perturbjax import spec, taxonomy
-from perturbjax.analysis import evaluate, mean_by_class, relative_loss_variation, summary
-from perturbjax.checks import nearest
+from perturbjax.analysis import evaluate, load_results, mean_by_class, relative_loss_variation, summary
+from perturbjax.checks import check_number, nearest
 from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load
 from perturbjax.models import create
 from perturbjax.training import (
@@ -235,7 +237,19 @@ def identity(settings: Settings, dataset: Dataset, **more: Any) -> dict[str, Any
     kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in (*RUNTIME, "methods", "seeds")}
     # The data by name, since its path may change; its labels and the choice of samples by their hash.
     found = {"data": dataset.name, "train_size": len(dataset.train_labels), "subset_hash": dataset.subset_hash}
+    found |= {"images_hash": images_hash(dataset.train_images), "plugin_hash": [file_hash(path) for path in settings.plugin]}
     return kept | found | more
+
+
+def images_hash(images: np.ndarray, at_most: int = 4096) -> str:
+    """12 hex digits of the images, or of that many of them at equal distances."""
+    step = -(-len(images) // at_most)
+    return hashlib.sha256(np.ascontiguousarray(images[::step]).tobytes()).hexdigest()[:12]
+
+
+def file_hash(path: str) -> str:
+    """12 hex digits of a file."""
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:12]
 
 
 def value_of(argv: list[str], flag: str, *, remove: bool = False) -> list[str]:
@@ -325,9 +339,15 @@ def print_notes(dataset: Dataset, console: Console) -> None:
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
 
 
-def make_recipe(settings: Settings, dataset: Dataset, method: Method) -> Recipe:
-    """The static part of a run."""
-    mean, std = dataset.channel_stats()
+@functools.cache
+def channel_stats(settings: Settings) -> tuple:
+    """Channel means and deviations of the view drawn with seed 0: one normalisation, hence one compiled step, for all seeds."""
+    return load_view(settings, 0).channel_stats()
+
+
+def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tuple | None = None) -> Recipe:
+    """The static part of a run. stats: means and deviations of the channels; None: the data set's own."""
+    mean, std = stats or dataset.channel_stats()
     std = tuple(s if s > 0 else 1.0 for s in std)  # a constant channel stays constant
     model = create(
         settings.model, num_classes=dataset.num_classes, mean=mean, std=std, width=settings.width, head=settings.head,
@@ -346,9 +366,12 @@ def augmentation(settings: Settings, dataset: Dataset, mean: tuple[float, ...]) 
     """What the flags ask for; crops and flips are for colour images if nothing is said. Cutout leaves the channels' means."""
     usual = dataset.image_shape[-1] == 3 if settings.augment is None else settings.augment
     pad = max(1, dataset.image_shape[0] // 8) if usual else 0
+    cutout = (
+        settings.cutout if settings.recipe is None else min(settings.cutout, dataset.image_shape[0] // 2)
+    )  # a recipe's is for 32
     return Augmentation(
         pad=pad if settings.pad is None else settings.pad, flip=usual if settings.flip is None else settings.flip,
-        cutout=settings.cutout, randaugment=settings.randaugment, magnitude=settings.magnitude, grey=mean,
+        cutout=cutout, randaugment=settings.randaugment, magnitude=settings.magnitude, grey=mean,
     )  # fmt: skip
 
 
@@ -364,6 +387,15 @@ def make_numbers(settings: Settings, numbers: tuple) -> dict:
 
 def check_runs(settings: Settings, dataset: Dataset, methods: Mapping[str, tuple[Method, tuple]]) -> None:
     """Builds every method once on the host, so that a wrong setting ends the program before anything is trained."""
+    check_number("--learning-rate", low=0, open_low=True, high=1e30, learning_rate=settings.learning_rate)
+    check_number("--momentum", low=0, high=1, momentum=settings.momentum)
+    check_number("--weight-decay", low=0, high=1e30, weight_decay=settings.weight_decay)
+    check_number("--dropout", low=0, high=0.999, dropout=settings.dropout)
+    check_number("--checkpoint-seconds", low=0, checkpoint_seconds=settings.checkpoint_seconds)
+    check_number("--log-every", low=0, log_every=settings.log_every)
+    check_number("--warmup-epochs", low=0, high=settings.epochs, warmup_epochs=settings.warmup_epochs)
+    for flag, value in (("--width", settings.width), ("--devices", settings.devices)):
+        check_number(flag, low=1, **{flag.strip("-"): value})
     for typed, (method, numbers) in methods.items():
         try:
             init_state(make_recipe(settings, dataset, method), make_numbers(settings, numbers), sample_data(dataset), 0)
@@ -466,6 +498,27 @@ def prepare_out(out: str | None, script: str, view: str, identity: dict) -> RunF
     raise AssertionError  # the count has no end
 
 
+def read_results(file: pathlib.Path) -> dict | None:
+    """results.json; None if it is missing or damaged, since it can be made again from the runs."""
+    try:
+        return load_results(file)
+    except (OSError, ValueError):
+        return None
+
+
+def finished_run(folder: RunFolder) -> History | None:
+    """What a finished run left; None if it isn't finished. A damaged file is put aside: the last checkpoint has the run."""
+    if not folder.finished.exists():
+        return None
+    try:
+        return History.load(folder.finished)
+    except ValueError:
+        aside = folder.finished.with_name("damaged-" + folder.finished.name)
+        print(f"{folder.finished} is damaged: put aside as {aside.name}.", file=sys.stderr)
+        folder.finished.rename(aside)
+        return None
+
+
 def claimed(path: pathlib.Path, identity: dict) -> RunFolder:
     """The folder, begun with these settings; unlocked again if it was begun with others."""
     folder = RunFolder(path)
@@ -483,14 +536,23 @@ def start(main: Callable[[list[str]], None]) -> None:
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    before = signal.signal(signal.SIGTERM, stop_early)
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except Interrupted as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that a second Ctrl-C could hurry
         print(stop, file=sys.stderr)
         raise SystemExit(128 + stop.signal_number) from None
     except KeyboardInterrupt:
         print("interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stop_early(number: int, frame: Any) -> None:
+    """SIGTERM outside training, which has a handler of its own: there is nothing to save."""
+    raise Interrupted("stopped outside training: finished runs are kept. The same command goes on.", number)

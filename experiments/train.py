@@ -9,7 +9,6 @@ with the same numbers, bit for bit; on a finished folder it prints the results.
 """
 
 import dataclasses
-import json
 
 import jax
 from rich.console import Console
@@ -48,14 +47,20 @@ def main(argv: list[str]) -> None:
     with shared.prepare_out(settings.out, "train", settings.view, shared.identity(settings, dataset, method=typed)) as folder:
         console, results_file = Console(quiet=jax.process_index() > 0), folder.path / "results.json"
         shared.print_notes(dataset, console)
-        if folder.finished.exists() and results_file.exists():
-            print_table(json.loads(results_file.read_text()), console)
+        history, results = shared.finished_run(folder), shared.read_results(results_file)
+        if history is not None and results is not None:
+            print_table(results, console)
             console.print(f"Finished before, in {folder.path}.", soft_wrap=True, highlight=False)
             return
-        if folder.finished.exists():  # ended between the two files
-            history = History.load(folder.finished)
-        else:
-            history = train(settings, shared.make_recipe(settings, dataset, method), dataset, numbers, folder, console)
+        if history is None:
+            history = train(
+                settings,
+                shared.make_recipe(settings, dataset, method, shared.channel_stats(settings)),
+                dataset,
+                numbers,
+                folder,
+                console,
+            )
         results = shared.results_of(settings, [dataset], [settings.seed], {typed: shared.record([history], [dataset])})
         if jax.process_index() == 0:
             history.save(folder.finished)

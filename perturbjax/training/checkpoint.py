@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import sys
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -66,8 +67,10 @@ class Checkpoints:
         self.wait()
         if self.latest == step:
             return
+        tree = as_tree(state)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(as_tree(state)), progress=ocp.args.JsonSave({"format": FORMAT, **progress})
+            state=ocp.args.StandardSave(tree),
+            progress=ocp.args.JsonSave({**progress, "format": FORMAT, "checksums": checksums(tree)}),
         )
         self._guarded(lambda: self._manager.save(step, args=items))
 
@@ -94,7 +97,9 @@ class Checkpoints:
                         "a newer perturbjax wrote it. Install that version, or name another --out."
                     )
                 tree = self._read(step, state=ocp.args.StandardRestore()).state
-            except NewerCheckpoint:
+                if checksums(tree) != progress.pop("checksums"):  # Orbax doesn't see every flipped bit
+                    raise ValueError("the checksums don't agree")
+            except (NewerCheckpoint, MemoryError, PermissionError):
                 raise
             except Exception as error:  # whatever Orbax, TensorStore or JSON say of broken files
                 aside = self.folder.with_name(f"damaged-{step}")
@@ -155,6 +160,12 @@ def as_tree(state: Any) -> dict:
                 place = place.setdefault(parent, {})
             place[last] = leaf
     return tree
+
+
+def checksums(tree: dict) -> dict[str, int]:
+    """CRC-32 of every array, by path."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(map(_name, path)): zlib.crc32(np.ascontiguousarray(leaf).tobytes()) for path, leaf in paths}
 
 
 def from_tree(tree: dict, like: Any) -> Any:

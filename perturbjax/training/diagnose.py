@@ -57,6 +57,8 @@ def explain(recipe: Recipe, dataset: Dataset, numbers: dict, seed: int, state: T
         state, metrics, _ = step(state, arrays, data, call.index, call.images)
         if Trouble.of(float(metrics["loss"][0]), call.first, 0, recipe.num_classes) is not None:
             return _Step(recipe, arrays, data, kept, call).verdict(before)
+        if not math.isfinite(largest(state.params)[1]):
+            return _Step(recipe, arrays, data, kept, call).update()
         before = (kept, call)
     return "On a single device, step by step, it does not happen: the numbers are at the edge. Lower the learning rate."
 
@@ -101,7 +103,7 @@ class _Step:
         batch, key = self.batch(), step_keys(self.state)[0]
         loss = lambda params: evaluate_loss(made, params, self.state, self.recipe, batch, key)
         (value, _), grads = jax.value_and_grad(loss, has_aux=True)(self.state.params)
-        when = f"in the step before (step {self.call.first + 1})"
+        when = f"in the update of step {self.call.first + 1}"
         name, size = largest(grads)
         if not math.isfinite(size):
             return (
@@ -115,7 +117,7 @@ class _Step:
             name, size = largest(updates)
             if not math.isfinite(size):
                 return (
-                    f"It started {when} at {link_name(link)} (link {number} of the optimiser): the update of {name} is {size}, "
+                    f"It started {when}, at {link_name(link)} (link {number} of the optimiser): the update of {name} is {size}, "
                     f"where the largest before was {before:.3g}. Lower its radius or bound."
                 )
         return (

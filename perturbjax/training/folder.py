@@ -34,6 +34,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
         except OSError as error:
+            if (self.path / RUN).exists():  # a finished run can be looked at where nothing can be written
+                self._lock = None
+                return
             raise ValueError(
                 f"RunFolder needs a folder that can be written, got {str(self.path)!r} ({error.strerror}). Name another one with --out."
             ) from error

@@ -39,6 +39,8 @@ class History:
     """Bytes: of the device where it tells, else of the process."""
     state: Any = None
     """The TrainState at the end; None for a run read from its file."""
+    progress: dict | None = None
+    """What a checkpoint of that state keeps beside it; None for a run read from its file."""
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything but the state to an .npz file, whole or not at all."""

@@ -93,6 +93,11 @@ class Progress:
     seconds: float = 0.0
     log_size: int = 0
 
+    def of(self, s: int) -> dict:
+        """The progress of one of the runs alone, as a checkpoint keeps it; its log is then counted anew."""
+        own = {name: [x[s]] if isinstance(x, list) else x for name, x in dataclasses.asdict(self).items()}
+        return own | {"seconds": self.seconds / len(self.accuracy), "log_size": 0}
+
     @classmethod
     def start(cls, runs: int) -> "Progress":
         """Before the first step."""
@@ -197,6 +202,8 @@ class _Training:
             progress.pop("format")
             self.progress = Progress(**progress)
             self.options.say(f"{self.folder.path}: goes on after step {step} of {self.recipe.total_steps}.")
+            if self.folder.log_size < self.progress.log_size:
+                self.options.say(f"{self.folder.path}: lines of the log are missing; the numbers are not affected.")
         if self.folder is not None:
             self.folder.cut_log(self.progress.log_size)
             if jax.process_index() == 0:
@@ -227,15 +234,17 @@ class _Training:
                     lines += self._end_epoch(state)
                 self._log(lines)
                 if checkpoints is not None and (due or stop):
-                    self._save(checkpoints, state)
+                    self._save(checkpoints, state, good)
                     saved = time.monotonic()
                 if stop:
                     raise Interrupted(self._goodbye(checkpoints), stop)
-                if call.ends_epoch and self.progress.step < self.recipe.total_steps:
-                    good = to_host(self.devices.first(state))
+                if call.ends_epoch:
+                    host = to_host(self.devices.first(state))
+                    self._check_finite(host, good, checkpoints)
+                    good = host
                 began = time.perf_counter()
         if checkpoints is not None:
-            self._save(checkpoints, state)
+            self._save(checkpoints, state, good)
         return state
 
     def _compile(self, state: Any) -> None:
@@ -311,10 +320,21 @@ class _Training:
         for line in lines if self.options.on_line is not None else ():
             self.options.on_line(line)
 
-    def _save(self, checkpoints: Checkpoints, state: Any) -> None:
+    def _save(self, checkpoints: Checkpoints, state: Any, good: TrainState) -> None:
+        host = to_host(self.devices.first(state))
+        # The loss of a step tells of the updates before it, not of its own.
+        self._check_finite(host, good, checkpoints)
         # A copy, since the books go on while this is being written.
         progress = json.loads(json.dumps(dataclasses.asdict(self.progress)))
-        checkpoints.save(self.progress.step, to_host(self.devices.first(state)), progress)
+        checkpoints.save(self.progress.step, host, progress)
+
+    def _check_finite(self, host: TrainState, good: TrainState, checkpoints: Checkpoints | None) -> None:
+        """Raises FloatingPointError if an update has made parameters nan or infinite."""
+        for s in range(len(self.runs)):
+            own = jax.tree.map(lambda x, s=s: x[s] if self.many else x, host.params)
+            if not all(np.isfinite(x).all() for x in jax.tree.leaves(own)):
+                trouble = Trouble(float("nan"), self.progress.step, s)
+                raise FloatingPointError(self._explained(trouble, good, checkpoints))
 
     def _goodbye(self, checkpoints: Checkpoints | None) -> str:
         at = f"step {self.progress.step} of {self.recipe.total_steps}"
@@ -350,8 +370,9 @@ class _Training:
             if checkpoints is None or checkpoints.latest is None
             else f" The checkpoint of step {checkpoints.latest} is kept."
         )
-        epoch = trouble.step // self.recipe.steps_per_epoch + 1
-        at = f"step {trouble.step + 1} (epoch {epoch}, seed {run.seed})"
+        epoch = min(trouble.step // self.recipe.steps_per_epoch + 1, self.recipe.epochs)
+        named = f"{run.name}, " if run.name else ""
+        at = f"step {trouble.step + 1} ({named}epoch {epoch}, seed {run.seed})"
         return f"fit needs finite losses, got a mean of {trouble.loss:.3g} at {at}. {found}{kept}"
 
     def _own(self, host: TrainState, s: int) -> TrainState:
@@ -381,6 +402,7 @@ class _Training:
                     examples_per_second=recipe.total_steps * recipe.batch_size * many / max(progress.seconds, 1e-9),
                     peak_memory=peak_memory(),
                     state=own,
+                    progress=progress.of(s),
                 )
             )
         return histories

@@ -213,3 +213,94 @@ def test_images_in_a_folder_are_compared(tmp_path):
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["data"]["name"] == "images" and found["data"]["class_names"] == ["bright", "dark"]
     assert found["methods"]["ce"]["accuracy"]["mean"] > 0.9
+
+
+def test_a_group_that_was_interrupted_is_finished_as_it_began(tmp_path, monkeypatch):
+    """Killed between the runs' files: nothing is trained again, every run has its log and its checkpoint."""
+    flags = [
+        "--methods",
+        "ce, la",
+        "--seeds",
+        "2",
+        "--epochs",
+        "2",
+        "--cost-rounds",
+        "0",
+        "--vmapped",
+        "True",
+        "--out",
+        str(tmp_path),
+    ]
+    original, saved = compare.split_off, []
+
+    def dying(one, history, common):
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+        saved.append(one.name)
+        original(one, history, common)
+
+    monkeypatch.setattr(compare, "split_off", dying)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(flags)
+    assert saved == ["ce, seed 0"] and len(list(tmp_path.glob("runs/together-*"))) == 1
+    monkeypatch.setattr(compare, "split_off", original)
+    compare.main(flags)
+    assert not list(tmp_path.glob("runs/together-*"))
+    logs = sorted(tmp_path.glob("runs/*/seed-*/metrics.jsonl"))
+    assert len(logs) == 4 and all(log.read_text().count("\n") == 2 for log in logs)
+    # A damaged file of a finished run is put aside, and the checkpoint is enough.
+    finished = sorted(tmp_path.glob("runs/ce-*/seed-0/finished.npz"))[0]
+    before = json.loads((tmp_path / "results.json").read_text())["methods"]["ce"]["accuracy"]
+    finished.write_bytes(b"PK rubbish")
+    (tmp_path / "results.json").write_text("{")
+    compare.main(flags)
+    assert json.loads((tmp_path / "results.json").read_text())["methods"]["ce"]["accuracy"] == before
+
+
+def test_all_seeds_of_a_drawn_view_share_one_recipe(tmp_path):
+    settings = compare.CompareSettings(seeds=3)
+    datasets = [compare.shared.load_view(settings, seed) for seed in range(3)]
+    methods = compare.shared.parse_methods("ce, la(tau=1), la(tau=2)")
+    assert [len(group) for group in compare.groups(compare.plan(settings, datasets, methods, tmp_path))] == [3, 6]
+
+
+def test_other_images_or_another_plugin_are_another_run(tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(60) % 3
+    file, flags = (
+        tmp_path / "mine.npz",
+        ["--data", str(tmp_path / "mine.npz"), "--view", "none", "--epochs", "1", "--batch-size", "8"],
+    )
+    for number in range(2):
+        np.savez(file, images=rng.integers(0, 256, (60, 6, 6, 3), dtype=np.uint8), labels=labels)
+        train.shared.source.cache_clear(), train.shared.channel_stats.cache_clear()
+        if number == 0:
+            train.main([*flags, "--out", str(tmp_path / "out")])
+        else:
+            with pytest.raises(ValueError, match="images_hash"):
+                train.main([*flags, "--out", str(tmp_path / "out")])
+
+
+def test_a_last_update_that_breaks_the_net_is_found(tmp_path):
+    flags = [
+        "--epochs",
+        "1",
+        "--batch-size",
+        "344",
+        "--warmup-epochs",
+        "0",
+        "--method",
+        "sam(radius=1e30)",
+        "--out",
+        str(tmp_path),
+    ]
+    with pytest.raises(FloatingPointError, match="It started in the update of step 1"):
+        train.main(flags)
+    assert not (tmp_path / "results.json").exists() and not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    "flag", ["--learning-rate=nan", "--momentum=1.5", "--dropout=1.0", "--width=0", "--warmup-epochs=99", "--devices=0"]
+)
+def test_numbers_outside_their_range_are_refused(flag, tmp_path):
+    with pytest.raises(ValueError, match=flag.split("=")[0]):
+        train.main([flag, "--epochs", "2", "--out", str(tmp_path)])

@@ -152,3 +152,20 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointNotWritten, match="folder that can be written"):
         Checkpoints(pathlib.Path(tmp_path / "file" / "checkpoints"))
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    """In the arrays' own bytes, which Orbax reads without a check."""
+    rng = np.random.default_rng(0)
+    big = {"x": rng.normal(size=4000)}
+    for trial in range(5):
+        folder = tmp_path / str(trial)
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(1, big, {})
+        file = biggest(folder)
+        data = bytearray(file.read_bytes())
+        data[rng.integers(len(data) // 4, len(data))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(data)
+        with Checkpoints(folder) as checkpoints:
+            found = checkpoints.restore(big, lambda text: None)
+            assert found is None or np.array_equal(found[1]["x"], big["x"])

@@ -199,7 +199,7 @@ CASES = {
     ),
     "a link of the optimiser": (
         lambda n: (pj.sam(), nan_update(3)), {},
-        r"at step 5 .* It started in the step before \(step 4\) at nan_update \(link 2 of the optimiser\)",
+        r"at step 5 .* It started in the update of step 4, at nan_update \(link 2 of the optimiser\)",
     ),
     "the learning rate": (
         plain, {"learning_rate": 1e30},
