@@ -38,6 +38,7 @@ from perturbjax.training import (
     init_state,
     recipe_flags,
     sample_data,
+    split_methods,
     start_processes,
 )
 
@@ -59,8 +60,10 @@ class Settings:
     """mlp, cnn, resnet8/20/32/44/56/110, wrn16-8, wrn28-10."""
     width: int | None = None
     """Channels of the model's first layer; the model's own if not given."""
-    head: str = "linear"
-    """linear or cosine."""
+    head: str | None = None
+    """linear or cosine; if not given, cosine for the methods that need it (LDAM, ArcFace, ...) and linear for the others."""
+    abstain: bool = False
+    """One more output of the model, for abstention; methods that need it (dac) get it anyway."""
     dropout: float = 0.0
     """Dropout rate inside the model's stages."""
     bfloat16: bool = False
@@ -181,6 +184,8 @@ def flags_of_recipe(name: str, epochs: str | int | None) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"--recipe {name} --epochs {epochs}: {error}") from error
     del flags["pad"], flags["flip"]  # --augment has both, and pads by the images' own size
+    if flags["head"] == "linear":
+        del flags["head"]  # the method decides
     return flags | {"recipe": name, "augment": True}
 
 
@@ -300,6 +305,10 @@ class Method:
 
     structure: tuple
     plugins: tuple[str, ...] = ()
+    head: str = "linear"
+    """The last layer that the links need."""
+    abstain: bool = False
+    """Whether they need one more output."""
 
     def __call__(self, numbers: Any) -> tuple:
         """The perturbations and optax links for these numbers."""
@@ -314,7 +323,10 @@ def parse_methods(text: str, plugins: tuple[str, ...] = ()) -> dict[str, tuple[M
         if typed in found:
             raise ValueError(f"--methods needs every method once, got {typed!r} twice. Remove one of them.")
         structure, numbers = spec.split_numbers(chain, registry, helpers)
-        found[typed] = (Method(structure, plugins), numbers)
+        method = Method(structure, plugins)
+        needs = {need for link in split_methods(method(numbers))[0] for need in link.needs}
+        head = "cosine" if "cosine" in needs else "linear"
+        found[typed] = (dataclasses.replace(method, head=head, abstain="outputs" in needs), numbers)
     return found
 
 
@@ -350,8 +362,10 @@ def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tup
     mean, std = stats or dataset.channel_stats()
     std = tuple(s if s > 0 else 1.0 for s in std)  # a constant channel stays constant
     model = create(
-        settings.model, num_classes=dataset.num_classes, mean=mean, std=std, width=settings.width, head=settings.head,
-        dropout=settings.dropout, dtype=jnp.bfloat16 if settings.bfloat16 else jnp.float32, remat=settings.remat,
+        settings.model, num_classes=dataset.num_classes, mean=mean, std=std, width=settings.width,
+        head=settings.head or getattr(method, "head", "linear"), dropout=settings.dropout,
+        dtype=jnp.bfloat16 if settings.bfloat16 else jnp.float32, remat=settings.remat,
+        abstain=settings.abstain or getattr(method, "abstain", False),
     )  # fmt: skip
     return Recipe(
         model=model, build=method, num_classes=dataset.num_classes, num_examples=len(dataset.train_labels),

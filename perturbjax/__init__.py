@@ -32,14 +32,50 @@ from perturbjax.gradient.clipping import gradient_clipping
 from perturbjax.gradient.lpg import lpg, lpg_delta
 from perturbjax.gradient.noise import gradient_noise
 from perturbjax.inference.pgd import Search, pgd
+from perturbjax.inference.proximal import proximal_search, proximal_step, soft_threshold
+from perturbjax.label.adversarial_label_smoothing import adversarial_label_smoothing, adversarially_smoothed
 from perturbjax.label.bootstrapping import bootstrapped_targets, bootstrapping
+from perturbjax.label.d2l import d2l, local_dimension
+from perturbjax.label.disturb_label import disturb_label, disturbed_targets
+from perturbjax.label.dlb import distillation, dlb
+from perturbjax.label.forward_correction import forward_corrected, forward_correction, noise_matrix
 from perturbjax.label.label_smoothing import label_smoothing
+from perturbjax.label.mix_bootstrapping import mix_bootstrapped, mix_bootstrapping
+from perturbjax.label.online_label_smoothing import online_label_smoothing, smoothed_online
+from perturbjax.label.proselflc import proselflc, self_trust
+from perturbjax.label.rlr import relaxed_targets, rlr
+from perturbjax.label.robust_lasso import corruption, robust_lasso
 from perturbjax.line import Line, line
+from perturbjax.logit.adaptive_margin import adaptive_margin, adaptive_margin_step
+from perturbjax.logit.arcface import arcface, arcface_delta
+from perturbjax.logit.cosface import cosface, cosface_delta
 from perturbjax.logit.isda import isda, isda_delta
-from perturbjax.logit.logit_adjustment import logit_adjustment, logit_adjustment_delta
+from perturbjax.logit.large_margin import angle_margin, large_margin, large_margin_shift
+from perturbjax.logit.ldam import deferred_weights, ldam, ldam_margins
+from perturbjax.logit.logit_adjustment import balanced_softmax, logit_adjustment, logit_adjustment_delta
+from perturbjax.logit.logpert import logpert, logpert_delta, perturbation_sizes
 from perturbjax.logit.lpl import lpl, lpl_delta, lpl_steps
+from perturbjax.logit.lpl_steps import head_tail_steps, proportional_steps
+from perturbjax.logit.mbls import margin_excess, mbls
+from perturbjax.logit.mixpert import hard_samples, mixpert, mixpert_delta
+from perturbjax.logit.self_paced_logit import self_paced_logit, self_paced_logit_delta
+from perturbjax.logit.zla import zla, zla_delta
+from perturbjax.loss.akd import akd
+from perturbjax.loss.balanced_fine_tuning import balanced_fine_tuning
+from perturbjax.loss.center_loss import center_loss, center_penalty, moved_centers
 from perturbjax.loss.class_weighting import class_weighting, class_weights
+from perturbjax.loss.confidence_penalty import confidence_penalty, entropy
+from perturbjax.loss.dac import dac, dac_losses
+from perturbjax.loss.dsl import choose_prototypes, dsl, prototype_labels
 from perturbjax.loss.focal import focal, focal_factor
+from perturbjax.loss.gce import gce, gce_terms
+from perturbjax.loss.kd import distillation_losses, kd
+from perturbjax.loss.nu_svm import nu_svm, nu_svm_losses
+from perturbjax.loss.poly_loss import poly_loss
+from perturbjax.loss.sce import reverse_cross_entropy, sce
+from perturbjax.loss.self_paced import loss_quantile, self_paced, self_paced_losses
+from perturbjax.loss.svm import margins, slack, svm
+from perturbjax.loss.teacher import Teacher, load_teacher
 from perturbjax.parameter.pugd import pugd, pugd_ascent
 from perturbjax.parameter.sam import sam, sam_ascent
 from perturbjax.projection import project

@@ -2,7 +2,7 @@
 
     fixed                 ε_c = ε
     varied                ε_c = ε + Δε · |τ − s_c|          LPL eq. 18 first case, LPG eq. 21, LPA eq. 14
-    varied_by_frequency   ε_c = ε + Δε · π_c/π_1 (head), ε + Δε · π_C/π_c (tail)      LPL eq. 18 second case
+    varied_by_frequency   ε_c = ε + Δε · s_c/s_1 (head), ε + Δε · s_C/s_c (tail)      LPL eq. 18 second case, s = π or q̄
     layer_scaled          ε_c^(l) = β^(L−l) · ε_c           LPA eq. 15
     any optax schedule    ε(step)
 
@@ -68,7 +68,9 @@ def varied_by_frequency(
 ) -> VariedByFrequency:
     """Head classes ε + Δε·s_c/s_1, tail classes ε + Δε·s_C/s_c, with s the class prior π (the official code) or q̄ (as printed).
 
-    Head and tail are the split's −1 and +1. `of="accuracy"` needs a split by accuracy for q̄, with classes ordered by count.
+    Head and tail are the split's −1 and +1; 1 and C are the most and the least frequent class. `of="accuracy"` needs a split that
+    keeps q̄: `by_accuracy()`, or `by_frequency(accuracy=by_accuracy())` for eq. 18 as printed. Ratios above 1 (a tail class learnt
+    worse than the rarest one) count as 1, so that ε + Δε is the largest bound.
     """
     check_number("varied_by_frequency", low=0, eps=eps, delta_eps=delta_eps)
     check_choice("varied_by_frequency", "of", of, ("prior", "accuracy"))
@@ -117,9 +119,30 @@ def check_bound(function: str, bound: Bound | None) -> None:
 
 
 def needs(bound: Bound | None, split: Split) -> tuple[str, ...]:
-    """What a link with this bound and split must be given (see Perturbation.needs)."""
+    """What a link with this bound and split must be given (see Perturbation.needs).
+
+    Raises:
+      ValueError: the bound is made of accuracies, and the split keeps none.
+    """
+    if needs_accuracy(bound):
+        _accuracy_of(split)
     inner = bound.bound if isinstance(bound, LayerScaled) else bound
     return ("class_counts",) if isinstance(inner, VariedByFrequency) else split.needs
+
+
+def needs_accuracy(bound: Bound | None) -> bool:
+    """Whether `bound` is made of the classes' accuracies."""
+    inner = bound.bound if isinstance(bound, LayerScaled) else bound
+    return isinstance(inner, VariedByFrequency) and inner.of == "accuracy"
+
+
+def _accuracy_of(split: Split) -> Callable[[Any, Context], jax.Array]:
+    if split.accuracy is None:
+        raise ValueError(
+            "varied_by_frequency(of='accuracy') needs a split that keeps accuracies, got one without. "
+            "Write split=by_frequency(accuracy=by_accuracy())."
+        )
+    return split.accuracy
 
 
 def _amounts(bound: Varied | VariedByFrequency, default: float) -> tuple[Any, Any]:
@@ -133,7 +156,7 @@ def _share(bound: Varied | VariedByFrequency, split: Split, state: Any, context:
         s, tau = split.statistic(state, context, bound.statistic)
         return jnp.abs(jnp.clip(tau, 0, 1) - s)
     n = jnp.asarray(context.class_counts, jnp.float32)
-    s = n if bound.of == "prior" else split.statistic(state, context, "linear")[0]
+    s = n if bound.of == "prior" else _accuracy_of(split)(state, context)
     first, last = s[jnp.argmax(n)], s[jnp.argmin(n)]
     ratio = lambda a, b: jnp.clip(a / jnp.where(b > 0, b, 1), 0, 1)
     return jnp.where(split.direction(state, context) < 0, ratio(s, first), ratio(last, s))

@@ -63,6 +63,7 @@ class Context(NamedTuple):
     key: jax.Array | None = None  # this link's own key, the same in `rest`, in the outer pass and in a second pass
     variables: Any = None  # the differentiated ones
     head: Callable[[], tuple[jax.Array, jax.Array]] | None = None  # () -> (W [C, d], b [C])
+    scale: float | None = None  # s of a cosine head, whose logits are s·cos θ; the model's own
     validation: Any = None  # a clean batch, for meta-learning
 
 
@@ -71,6 +72,7 @@ class Rest:
     """The rest of the pass from a link's site: later links that only compute are in it, later links that search are not."""
 
     _run: Callable[[jax.Array, jax.Array | None], tuple[jax.Array, Flow]]
+    _take: Callable[[jax.Array], "Rest"] | None = None
 
     def __call__(self, value: jax.Array) -> jax.Array:
         """Losses [B] of the value at this site [B, ...]."""
@@ -80,6 +82,10 @@ class Rest:
         """(losses [B], the flow at the end), which has the logits in its trace. `key` gives another random draw."""
         return self._run(value, key)
 
+    def take(self, rows: jax.Array) -> "Rest":
+        """The rest for some samples only, `rows` [n] of the batch: of values [n, ...]. What links left in `extra` is not in it."""
+        return self._take(rows)
+
 
 class Perturbation(NamedTuple):
     """One link: at `site`, `apply(flow, rest, state, context) -> (flow, state, metrics)`."""
@@ -88,7 +94,7 @@ class Perturbation(NamedTuple):
     init: Callable[[Context], Any]
     apply: Callable[[Flow, Rest, Any, Context], tuple[Flow, Any, dict[str, jax.Array]]]
     search: bool = False  # reruns the rest of the pass: left out of the rest of earlier links, so that costs add up
-    needs: tuple[str, ...] = ()  # sites the trace must hold, and "head" or "class_counts": checked before training
+    needs: tuple[str, ...] = ()  # sites the trace must hold, and "head", "cosine" or "class_counts": checked before training
     name: str = ""  # of the method it belongs to, for metrics and messages; set by @method
 
 
@@ -258,13 +264,16 @@ def objective(
     made, links = line(model), chain(links)
     links = tuple(link if link.site in TAIL else link._replace(site=made.site(link.site)) for link in links)
     given = {"head"} if made.head is not None else set()
+    given |= {"cosine"} if made.scale is not None else set()
     given |= {"class_counts"} if class_counts is not None else set()
     for link in links:
         for need in link.needs:
             if need not in given and need not in made.sites + TAIL[:-1]:
                 how = {
-                    "head": "Give pj.line(..., head=lambda variables: (W, b)).",
+                    "head": "Give pj.line(..., head=lambda variables: (W, b)), or create the model with head='linear'.",
+                    "cosine": "Create the model with head='cosine' (--head cosine), or give pj.line(..., scale=s).",
                     "class_counts": "Pass class_counts= (numpy.bincount(labels, minlength=C)).",
+                    "outputs": "Give the model one more output: create(..., abstain=True), --abstain.",
                 }.get(need, f"The model's sites are {', '.join(made.sites)}: cut it there with pj.line.")
                 raise ValueError(f"{link.name or 'link'} needs {need!r}, got none. {how}")
     if num_classes < 2:
@@ -276,7 +285,9 @@ def objective(
                 f"objective needs class_counts of shape ({num_classes},), got {class_counts.shape}. "
                 "Count with numpy.bincount(labels, minlength=num_classes)."
             )
-    return Objective(made, links, Context(num_classes, class_counts, num_examples, None, num_domains, axis_name))
+    return Objective(
+        made, links, Context(num_classes, class_counts, num_examples, None, num_domains, axis_name, scale=made.scale)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +345,7 @@ class _Pass:
             end = self._walk(flow._replace(value=value), number, first_link, key if other_key is None else other_key)
             return end.value, end
 
-        return Rest(run)
+        return Rest(run, lambda rows: self._rest(_taken(flow, rows), number, first_link, key))
 
     def _enter(self, flow: Flow, before: str, site: str, key: jax.Array) -> Flow:
         """Moves the flow from one site to the next one."""
@@ -378,6 +389,13 @@ class _Pass:
         delta = jax.lax.stop_gradient(flow.value - before)
         along = jnp.sum(delta * u, axis=-1)
         return flow._replace(value=end.value + (along - jax.lax.stop_gradient(along)))
+
+
+def _taken(flow: Flow, rows: jax.Array) -> Flow:
+    """The flow of some samples only. `extra` may be about the whole batch (mixing partners), so it stays behind."""
+    own = lambda tree: jax.tree.map(lambda x: x[rows], tree)
+    per_sample = ("value", "labels", "targets", "weights", "index", "side", "trace", "penalty")
+    return flow._replace(extra={}, **{name: own(getattr(flow, name)) for name in per_sample})
 
 
 def _collect(metrics: dict, name: str, found: Mapping[str, jax.Array]) -> None:

@@ -28,6 +28,8 @@ class Line:
     """(variables, value, start, stop, *, stats, train, key) -> (value at `stop`, statistics with that stretch's updated)."""
     head: Callable[[Variables], tuple[jax.Array, jax.Array]] | None = None
     """variables -> (W [C, d], b [C]) of the last linear layer; None if unknown."""
+    scale: float | None = None
+    """s, if the logits are cosines times s (a cosine head); None: they are not, or it is unknown."""
 
     def site(self, name: str) -> str:
         """The site's own name: itself, or the last stage for "last_stage". Raises ValueError for an unknown one."""
@@ -50,7 +52,13 @@ class Line:
         return sum(self.sites.index(s) <= self.sites.index(name) for s in stages)
 
 
-def line(model: Any, *, stateful: bool = False, head: Callable[[Variables], tuple[jax.Array, jax.Array]] | None = None) -> Line:
+def line(
+    model: Any,
+    *,
+    stateful: bool = False,
+    head: Callable[[Variables], tuple[jax.Array, jax.Array]] | None = None,
+    scale: float | None = None,
+) -> Line:
     """Turns a model into a `Line`.
 
     Args:
@@ -63,6 +71,7 @@ def line(model: Any, *, stateful: bool = False, head: Callable[[Variables], tupl
       stateful: the functions take `(variables, value, stats, *, train, key)` and return `(value, stats)`, for models with
         BatchNorm or their own dropout.
       head: variables -> (W [C, d], b [C]) of the last layer, for the methods that need the class rows (ISDA).
+      scale: s, if the logits are s·cos θ, for the methods that need a cosine head (LDAM, ArcFace).
 
     >>> two = line({"features": lambda w, x: x @ w["a"], "logits": lambda w, a: a @ w["b"]})
     >>> two.sites
@@ -94,7 +103,7 @@ def line(model: Any, *, stateful: bool = False, head: Callable[[Variables], tupl
                 value = pieces[name](variables, value)
         return value, stats
 
-    return Line(sites, run_slice, head)
+    return Line(sites, run_slice, head, scale)
 
 
 def _from_module(module: Any) -> Line:
@@ -108,5 +117,6 @@ def _from_module(module: Any) -> Line:
         value, new = module.apply(collections, value, rngs=rngs, mutable=["batch_stats"], **options)
         return value, new["batch_stats"]
 
-    head = module.head_of if hasattr(module, "head_of") else None
-    return Line(tuple(module.sites), run_slice, head)
+    cosine = getattr(module, "head", None) == "cosine"
+    head = module.head_of if hasattr(module, "head_of") and not cosine else None
+    return Line(tuple(module.sites), run_slice, head, module.scale if cosine else None)

@@ -42,6 +42,7 @@ class Split(NamedTuple):
     direction: Callable[[Any, Context], jax.Array]  # [C] of +1, −1, 0
     statistic: Callable[[Any, Context, str], tuple[jax.Array, jax.Array]]  # (s_c in [0, 1] [C], τ on the same scale [])
     needs: tuple[str, ...] = ()  # what the link must be given: "class_counts"
+    accuracy: Callable[[Any, Context], jax.Array] | None = None  # q̄ [C], where the split keeps it
 
 
 SCALES = ("rank", "linear", "log")
@@ -51,19 +52,24 @@ def by_accuracy(
     *,
     tau: ArrayLike | str = "mean",
     measure: Literal["probability", "top1"] = "probability",
-    update: Update = "step",
+    update: Literal["step", "epoch", "batch"] = "step",
     decay: ArrayLike = 0.9,
+    over: Literal["seen", "all"] = "seen",
 ) -> Split:
     """+1 for the classes that are learnt badly.
 
     Args:
       tau: "mean" or "median" of q̄ over the classes seen, or a number in [0, 1] (or above: all +1).
       measure: q̄_c is the mean probability of the true class (LPL eq. 13; +1 if q̄_c ≤ τ), or the top-1 accuracy (LPG; q̄_c < τ).
-      update: running mean over steps with `decay`, or over whole epochs (then the first epoch has direction 0).
+      update: running mean over steps with `decay`, or over whole epochs (then the first epoch has direction 0), or of this batch
+        alone ("batch": as LPL's code has it; a class absent from the batch is not seen).
+      over: "all" takes τ over all C classes, those not seen with q̄ = 0, which then count as learnt badly. With update="batch" that is
+        LPL's code, whose τ is too low by the share of classes absent from a batch.
     """
     _check_tau("by_accuracy", tau, ("mean", "median"))
     check_choice("by_accuracy", "measure", measure, ("probability", "top1"))
-    check_choice("by_accuracy", "update", update, ("step", "epoch"))
+    check_choice("by_accuracy", "update", update, ("step", "epoch", "batch"))
+    check_choice("by_accuracy", "over", over, ("seen", "all"))
     check_number("by_accuracy", low=0, high=1, decay=decay)
 
     def score(clean: Clean) -> jax.Array:
@@ -74,30 +80,39 @@ def by_accuracy(
         return jnp.take_along_axis(probability, clean.labels[:, None], axis=1, mode="clip")[:, 0]
 
     def advance(state: RunningMean, clean: Clean, context: Context) -> RunningMean:
+        before = running_mean_init(context.num_classes) if update == "batch" else state
         return running_mean_update(
-            state, score(clean), clean.labels, update=update, decay=decay, epoch=context.epoch, axis_name=context.axis_name
-        )
+            before, score(clean), clean.labels, update="epoch" if update == "epoch" else "step", decay=decay,
+            epoch=context.epoch, axis_name=context.axis_name,
+        )  # fmt: skip
+
+    def counted(state: RunningMean) -> jax.Array:
+        return state.seen | (over == "all")
 
     def direction(state: RunningMean, context: Context) -> jax.Array:
-        threshold = _threshold(tau, state.mean, state.seen)
+        threshold = _threshold(tau, state.mean, counted(state))
         low = state.mean <= threshold if measure == "probability" else state.mean < threshold
-        return jnp.where(state.seen, jnp.where(low, 1.0, -1.0), 0.0)
+        return jnp.where(counted(state), jnp.where(low, 1.0, -1.0), 0.0)
 
     return Split(
         lambda context: running_mean_init(context.num_classes),
         advance,
         direction,
-        lambda state, context, scale: (state.mean, jnp.clip(_threshold(tau, state.mean, state.seen), 0, 1)),
+        lambda state, context, scale: (state.mean, jnp.clip(_threshold(tau, state.mean, counted(state)), 0, 1)),
+        accuracy=lambda state, context: state.mean,
     )
 
 
-def by_frequency(*, tau: ArrayLike | str | None = None, rule: Literal["rank", "count"] = "rank") -> Split:
+def by_frequency(
+    *, tau: ArrayLike | str | None = None, rule: Literal["rank", "count"] = "rank", accuracy: Split | None = None
+) -> Split:
     """+1 for the rare classes.
 
     Args:
       rule: "rank": the first τ·C classes by count are −1, the rest +1 (LPL eqs. 14, 18: −1 where c ≤ τ; the paper tries shares of
         0.4, 0.5 and 0.6). "count": +1 where N_c < τ (LPG eq. 19).
       tau: a share of the classes for "rank" (None: 0.5); a number of samples or "median" (None) for "count".
+      accuracy: a split by accuracy whose q̄ is kept beside, for `varied_by_frequency(of="accuracy")` (LPL eq. 18 as printed).
     """
     check_choice("by_frequency", "rule", rule, ("rank", "count"))
     _check_tau("by_frequency", tau, ("median",))
@@ -105,6 +120,11 @@ def by_frequency(*, tau: ArrayLike | str | None = None, rule: Literal["rank", "c
     share = 0.5 if isinstance(tau, str) else tau
     if rule == "rank":
         check_number("by_frequency", low=0, high=1, tau=share)
+    if accuracy is not None and getattr(accuracy, "accuracy", None) is None:
+        raise ValueError(
+            f"by_frequency needs accuracy to be a split by accuracy, got {type(accuracy).__name__} without one. "
+            "Write accuracy=by_accuracy()."
+        )
 
     def counts(context: Context) -> jax.Array:
         return jnp.asarray(context.class_counts, jnp.float32)
@@ -112,7 +132,8 @@ def by_frequency(*, tau: ArrayLike | str | None = None, rule: Literal["rank", "c
     def rank(context: Context) -> jax.Array:
         """1 for the most frequent class … C for the rarest; ties in the order of the labels."""
         order = jnp.argsort(-counts(context), stable=True)
-        return jnp.zeros([context.num_classes], jnp.float32).at[order].set(jnp.arange(1.0, context.num_classes + 1))
+        places = jnp.arange(1, context.num_classes + 1, dtype=jnp.float32)
+        return jnp.zeros_like(places).at[order].set(places)
 
     def limit(context: Context) -> jax.Array:
         """The threshold in samples (rule "count")."""
@@ -140,7 +161,10 @@ def by_frequency(*, tau: ArrayLike | str | None = None, rule: Literal["rank", "c
         to_unit = lambda x: (jnp.log(jnp.maximum(x, 1)) - low) / jnp.maximum(high - low, 1e-6)
         return to_unit(n), jnp.clip(to_unit(edge), 0, 1)
 
-    return Split(lambda context: (), lambda state, clean, context: (), direction, statistic, needs=("class_counts",))
+    needs = ("class_counts",)
+    if accuracy is None:
+        return Split(lambda context: (), lambda state, clean, context: (), direction, statistic, needs)
+    return Split(accuracy.init, accuracy.update, direction, statistic, needs, accuracy.accuracy)
 
 
 class VarianceState(NamedTuple):

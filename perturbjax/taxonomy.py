@@ -57,6 +57,7 @@ def registry(plugins: Sequence[str] = ()) -> dict[str, Any]:
 def helpers() -> dict[str, Any]:
     """The values that settings may be made of: `bound=varied(0.5)`, `split=by_frequency(0.4)`."""
     names = ("varied", "varied_by_frequency", "layer_scaled", "by_accuracy", "by_frequency", "by_variance", "all_classes")
+    names += ("head_tail_steps", "proportional_steps")
     return {name: getattr(perturbjax, name) for name in names}
 
 

@@ -112,6 +112,21 @@ def test_varied_by_frequency_of_the_accuracy():
     assert np.isfinite(found).all()
 
 
+def test_varied_by_frequency_of_the_accuracy_with_head_and_tail_by_count():
+    """LPL eq. 18, second case as printed: c ≤ τ by the order of the counts, s = q̄; and a split without q̄ is an error."""
+    split = pj.by_frequency(tau=0.4, accuracy=pj.by_accuracy())
+    head, state = np.array([0, 1, 0, 0, 1], bool), ACCURACY._replace(mean=jnp.array([0.2, 0.9, 0.5, 0.6, 0.8]))
+    expected = 0.2 + 0.4 * np.where(head, np.array(state.mean) / 0.9, 0.2 / np.array(state.mean))
+    close(eps(pj.varied_by_frequency(eps=0.2, delta_eps=0.4, of="accuracy"), split, state), expected)
+    bound = pj.varied_by_frequency(of="accuracy")
+    assert needs(bound, split) == ("class_counts",)
+    for wrong in (lambda: needs(bound, pj.by_frequency()), lambda: eps(bound, pj.by_frequency())):
+        with pytest.raises(
+            ValueError, match=r"needs a split that keeps accuracies, got one without. Write split=by_frequency\("
+        ):
+            wrong()
+
+
 def test_layer_scaled_exponents_of_a_cifar_resnet():
     """γ_l = β^(L − l): L = 4 with three stages; stage 3 and the features have β¹, stem and input β⁴."""
     exponents = dict(input=4, stem=4, stage1=3, stage2=2, stage3=1, features=1, logits=0)
@@ -168,7 +183,7 @@ def test_largest():
 def test_no_bound_exceeds_the_largest(q, counts, tau):
     context = CONTEXT._replace(class_counts=jnp.asarray(counts))
     state = running_mean_init(C)._replace(mean=jnp.asarray(q, jnp.float32) / 9, seen=jnp.ones([C], bool))
-    for split in (pj.by_accuracy(tau=tau), pj.by_frequency(tau=min(tau / 3, 1.0))):
+    for split in (pj.by_accuracy(tau=tau), pj.by_frequency(tau=min(tau / 3, 1.0), accuracy=pj.by_accuracy())):
         bounds = [pj.varied(eps=0.2, delta_eps=0.5), pj.varied_by_frequency(eps=0.2, delta_eps=0.5)]
         bounds += [pj.varied_by_frequency(eps=0.2, delta_eps=0.5, of="accuracy")] * (tau > 0)
         for bound in bounds:

@@ -110,6 +110,27 @@ def test_epochs_count_exactly_and_the_first_has_no_direction():
     np.testing.assert_array_equal(split.direction(state, context()), [*np.where(q < np.nanmean(q), 1, -1)[:3], 0])
 
 
+def test_of_the_batch_alone_nothing_is_remembered():
+    first, second = draw(0), draw(1, classes=2)  # class 2 is absent from the second batch
+    split = pj.by_accuracy(update="batch")
+    state, q = after(split, first, second), measured(*second, "probability")
+    np.testing.assert_allclose(state.mean, np.nan_to_num(q), rtol=1e-5)
+    np.testing.assert_array_equal(split.direction(state, context()), [*np.where(q <= np.nanmean(q), 1, -1)[:2], 0, 0])
+    np.testing.assert_allclose(split.statistic(state, context(), "rank")[1], np.nanmean(q), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tau", ["mean", "median"])
+def test_over_all_classes_those_not_seen_count_with_zeros(tau):
+    """The threshold of LPL's code: with 28 of 100 classes absent from a batch, 0.72 of the true mean."""
+    logits, labels = draw(1, classes=2)
+    q = np.nan_to_num(measured(logits, labels, "probability"))
+    split = pj.by_accuracy(tau=tau, update="batch", over="all")
+    state, threshold = after(split, (logits, labels)), {"mean": np.mean, "median": np.median}[tau](q)
+    np.testing.assert_allclose(split.statistic(state, context(), "rank")[1], threshold, rtol=1e-5)
+    np.testing.assert_array_equal(split.direction(state, context()), np.where(q <= threshold, 1, -1))
+    np.testing.assert_array_equal(directions(pj.by_accuracy(tau=0.3, over="all"), (logits, labels)), np.where(q <= 0.3, 1, -1))
+
+
 def test_before_any_batch_no_class_has_a_direction():
     for split in (pj.by_accuracy(), pj.by_accuracy(tau="median"), pj.by_accuracy(tau=2.0), pj.by_variance()):
         np.testing.assert_array_equal(directions(split), 0)
@@ -172,6 +193,18 @@ def test_by_count_below_the_median_or_a_number():
     np.testing.assert_array_equal(frequency(rule="count", tau=50)[2], [1, -1, 1, 1, -1])
     np.testing.assert_array_equal(frequency(rule="count", tau=51)[2], 1)
     np.testing.assert_array_equal(frequency(rule="count")[2], frequency(rule="count", tau="median")[2])
+
+
+def test_by_frequency_may_keep_accuracies_beside():
+    plain, both = pj.by_frequency(tau=0.5), pj.by_frequency(tau=0.5, accuracy=pj.by_accuracy(decay=0.7))
+    alone, where = pj.by_accuracy(decay=0.7), context(class_counts=jnp.array([5, 7, 1, 2]))
+    assert plain.accuracy is None and both.needs == plain.needs
+    states = [after(split, draw(0), draw(1), class_counts=where.class_counts) for split in (plain, both, alone)]
+    np.testing.assert_array_equal(both.direction(states[1], where), plain.direction(states[0], where))
+    np.testing.assert_array_equal(both.statistic(states[1], where, "log")[0], plain.statistic(states[0], where, "log")[0])
+    np.testing.assert_array_equal(both.accuracy(states[1], where), alone.accuracy(states[2], where))
+    with pytest.raises(ValueError, match=r"by_frequency needs accuracy to be a split by accuracy.*accuracy=by_accuracy\(\)"):
+        pj.by_frequency(accuracy=pj.by_variance())
 
 
 def test_the_scales_of_a_frequency():
@@ -309,6 +342,8 @@ def test_wrong_settings(settings, expected):
 def test_wrong_ways_to_update(factory):
     with pytest.raises(ValueError, match="needs update .* got 'epochs'. Did you mean 'epoch'"):
         factory(update="epochs")
+    with pytest.raises(ValueError, match="needs over .* got 'al'. Did you mean 'all'"):
+        pj.by_accuracy(over="al")
     with pytest.raises(ValueError, match="needs 0 <= decay <= 1, got 1.2"):
         factory(decay=1.2)
 

@@ -1,11 +1,12 @@
 r"""Bootstrapping: moves the targets towards the model's own prediction, for noisy labels.
 
-    Δy = λ (y′ − y),    y′ = p (soft) or onehot(argmax p) (hard), the current prediction, a constant for the gradient
+    Δy = λ (y′ − y),    y′ = p (soft) or onehot(argmax p) (hard), a constant for the gradient
 
-Source: Reed et al., ICLR 2015 workshop (β = 1 − λ); taxonomy eqs. 37–38, which take y′ from the previous epoch.
+y′ is the current prediction (Reed et al.) or that of the sample's last visit, an epoch ago (taxonomy eq. 37): `previous`, which keeps
+a table by sample. Source: Reed et al., ICLR 2015 workshop (β = 1 − λ); taxonomy eqs. 37–38.
 """
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.table import new_table, read, write
 
 DEFAULT_WEIGHTS = {"soft": 0.05, "hard": 0.2}
 
@@ -20,31 +22,60 @@ DEFAULT_WEIGHTS = {"soft": 0.05, "hard": 0.2}
 def bootstrapped_targets(
     targets: jax.Array, log_probabilities: jax.Array, *, weight: ArrayLike, kind: Literal["soft", "hard"] = "soft"
 ) -> jax.Array:
-    """y + λ(y′ − y): [B, C], from targets y [B, C] and log p [B, C].
+    """y + λ(y′ − y): [B, C], from targets y [B, C] and log p [B, C]; λ a number or [B].
 
     >>> print(bootstrapped_targets(jnp.array([[1.0, 0.0]]), jnp.log(jnp.array([[0.2, 0.8]])), weight=0.5, kind="hard"))
     [[0.5 0.5]]
     """
     log_p = jax.lax.stop_gradient(log_probabilities).astype(targets.dtype)
     own = jnp.exp(log_p) if kind == "soft" else jax.nn.one_hot(jnp.argmax(log_p, -1), log_p.shape[-1], dtype=log_p.dtype)
-    return targets + jnp.asarray(weight, targets.dtype) * (own - targets)
+    weight = jnp.asarray(weight, targets.dtype)
+    return targets + (weight[:, None] if weight.ndim else weight) * (own - targets)
+
+
+class BootstrappingState(NamedTuple):
+    """What `previous` remembers; () for each without it."""
+
+    log_p: Any  # [N, C], of each sample's last visit
+    visited: Any  # [N] bool
 
 
 @method(
     target="label", direction=(+1, -1), inference="prior", granularity="sample",
     cite="Reed et al., ICLR 2015", off=dict(weight=0.0), alias="bootstrap",
 )  # fmt: skip
-def bootstrapping(*, kind: Literal["soft", "hard"] = "soft", weight: ArrayLike | None = None) -> Perturbation:
-    """Bootstrapping of one `kind`, "soft" or "hard", with λ = `weight` in [0, 1] (None: 0.05 soft, 0.2 hard).
+def bootstrapping(
+    *, kind: Literal["soft", "hard"] = "soft", weight: ArrayLike | None = None, previous: bool = False
+) -> Perturbation:
+    """Bootstrapping: targets move towards the net's own prediction.
 
-    Hard bootstrapping lowers every loss; the soft one need not.
+    Args:
+      kind: "soft" or "hard". Hard bootstrapping with the current prediction lowers every loss; the others need not.
+      weight: λ in [0, 1] (None: 0.05 soft, 0.2 hard).
+      previous: take the prediction of the sample's last visit (the previous epoch) instead of the current one; at its first visit
+        a sample keeps its target. Needs num_examples and the batch's positions in the data set.
     """
     check_choice("bootstrapping", "kind", kind, DEFAULT_WEIGHTS)
     check_number("bootstrapping", low=0, high=1, weight=weight)
     amount = DEFAULT_WEIGHTS[kind] if weight is None else weight
 
-    def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        targets = bootstrapped_targets(flow.value, flow.trace["prediction"], weight=amount, kind=kind)
-        return flow._replace(value=targets), state, {}
+    def init(context: Context) -> Any:
+        if not previous:
+            return BootstrappingState((), ())
+        table = lambda shape, dtype: new_table("bootstrapping", "previous=True", context, shape, dtype)
+        return BootstrappingState(table((context.num_classes,), float), table((), bool))
 
-    return Perturbation("label", lambda context: (), apply)
+    def apply(flow: Flow, rest: Rest, state: BootstrappingState, context: Context):
+        log_p, weight = jax.lax.stop_gradient(flow.trace["prediction"]), amount
+        if previous:
+            now, axis_name = log_p, context.axis_name
+            known = read("bootstrapping", state.visited, flow.index)
+            log_p = read("bootstrapping", state.log_p, flow.index)
+            weight = jnp.where(known, jnp.asarray(amount, flow.value.dtype), 0)
+            state = BootstrappingState(
+                write(state.log_p, flow.index, now, axis_name=axis_name),
+                write(state.visited, flow.index, jnp.ones_like(known), axis_name=axis_name),
+            )
+        return flow._replace(value=bootstrapped_targets(flow.value, log_p, weight=weight, kind=kind)), state, {}
+
+    return Perturbation("label", init, apply)

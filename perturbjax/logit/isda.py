@@ -4,16 +4,17 @@ r"""Implicit semantic data augmentation (ISDA): the loss of infinitely many Gaus
 
 Σ_c is the running covariance of class c's features, a constant for the gradient; the class rows w are not.
 Source: Wang et al., "Implicit Semantic Data Augmentation for Deep Networks", NeurIPS 2019; LPL eqs. 5–7, taxonomy eqs. 33–35
-(whose eq. 33 lacks the log).
+(whose eq. 33 lacks the log); github.com/blackfeather-wang/ISDA-for-Deep-Networks at b66a594.
 """
 
 import functools
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_number
+from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import RunningCovariance, running_covariance_init, running_covariance_update, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 
@@ -39,28 +40,61 @@ def isda_delta(weights: jax.Array, covariance: jax.Array, *, strength: ArrayLike
     return jnp.asarray(strength, w.dtype) / 2 * (own - 2 * cross + jnp.diagonal(own)[:, None])
 
 
+class ISDAState(NamedTuple):
+    """The running covariance by class, and when the epoch began."""
+
+    count: jax.Array  # [C] float32, samples that the covariance stands for
+    mean: jax.Array  # [C, d] float32
+    covariance: jax.Array  # [C, d, d] float32
+    epoch: jax.Array  # [] int32, the epoch that `began` belongs to
+    began: jax.Array  # [] float32, progress at the beginning of the epoch: epoch/epochs
+
+
 @method(
     target="logit", direction=(+1,), inference="prior", granularity="category",
     cite="Wang et al., NeurIPS 2019", off=dict(strength=0.0),
 )  # fmt: skip
-def isda(*, strength: ArrayLike = 0.5) -> Perturbation:
-    """ISDA with λ₀ = `strength`, raised linearly over training (0.25 and 0.5 are recommended).
+def isda(
+    *,
+    strength: ArrayLike = 0.5,
+    ramp: Literal["step", "epoch", "none"] = "step",
+    update: Literal["before", "after"] = "before",
+    decay: ArrayLike = 1.0,
+) -> Perturbation:
+    """ISDA with λ₀ = `strength` (0.25 and 0.5 are recommended): raises every loss by the spread of the class's features.
 
-    Needs the site "features" and the head's weights. The covariance is exact over all of training and takes in the batch
-    before it is used, as the official code does. The gradient reaches the head through w as well.
+    Needs the site "features" and the head's weights. The gradient reaches the head through w as well.
+
+    Args:
+      ramp: λ_t = λ₀·step/steps, or λ₀·epoch/epochs as in the authors' code (0 in the first epoch), or λ₀ throughout.
+      update: the covariance takes in the batch before it is used on it (the authors' code), or after.
+      decay: 1: exact over all of training (the authors' code). Below 1 the counts so far are multiplied by it at each step, so that
+        old features are forgotten over about 1/(1 − decay) batches of a class.
     """
     check_number("isda", low=0, strength=strength)
+    check_number("isda", low=0, high=1, decay=decay)
+    check_choice("isda", "ramp", ramp, ("step", "epoch", "none"))
+    check_choice("isda", "update", update, ("before", "after"))
 
-    def init(context: Context) -> RunningCovariance:
+    def init(context: Context) -> ISDAState:
         shape = context.site_shapes["features"]
         if len(shape) != 2:
             raise ValueError(f"isda needs features [B, d], got {shape}. Put the site 'features' after the pooling.")
-        return running_covariance_init(context.num_classes, shape[1])
+        return ISDAState(*running_covariance_init(context.num_classes, shape[1]), jnp.int32(-1), jnp.float32(0))
 
-    def apply(flow: Flow, rest: Rest, state: RunningCovariance, context: Context):
-        state = running_covariance_update(state, flow.trace["features"], flow.labels, axis_name=context.axis_name)
+    def advance(state: ISDAState, flow: Flow, context: Context) -> ISDAState:
+        before = RunningCovariance(state.count * jnp.asarray(decay, jnp.float32), state.mean, state.covariance)
+        now = running_covariance_update(before, flow.trace["features"], flow.labels, axis_name=context.axis_name)
+        epoch = jnp.asarray(context.epoch, jnp.int32)
+        began = jnp.where(epoch != state.epoch, jnp.asarray(context.progress, jnp.float32), state.began)
+        return ISDAState(*now, epoch, began)
+
+    def apply(flow: Flow, rest: Rest, state: ISDAState, context: Context):
+        after = advance(state, flow, context)
+        ramped = {"step": jnp.asarray(context.progress, jnp.float32), "epoch": after.began, "none": jnp.float32(1)}[ramp]
+        covariance = after.covariance if update == "before" else state.covariance
         weights, _ = context.head()
-        shift = isda_delta(weights, state.covariance, strength=jnp.asarray(strength, jnp.float32) * context.progress)
-        return flow._replace(value=flow.value + shift[flow.labels].astype(flow.value.dtype)), state, {}
+        shift = isda_delta(weights, covariance, strength=jnp.asarray(strength, jnp.float32) * ramped)
+        return flow._replace(value=flow.value + shift[flow.labels].astype(flow.value.dtype)), after, {}
 
     return Perturbation("logits", init, apply, needs=("features", "head"))

@@ -3,10 +3,12 @@ r"""Logit perturbation learning (LPL): one perturbation of the logits per class,
     u⁰ = u,   uᵏ⁺¹ = uᵏ + s_c · α · mean_{j: y_j = c}(softmax(uᵏ_j) − ŷ_j)   for k < K_c = ⌊ε_c/α⌋,   loss at u^K
 
 s_c = +1 raises the loss of class c, −1 lowers it (eqs. 11–17, Algorithm 2); the bound ε_c sets the number of steps, fixed or
-varied by class (eqs. 18–19). This is Algorithm 2 as printed; the authors' code also divides each class's step by a norm.
-Source: Li, Su, Wu, Zhang, "Logit Perturbation", AAAI 2022.
+varied by class (eqs. 18–19). This is Algorithm 2 as printed. What the authors' code does otherwise are settings: each class's step
+divided by a norm, the sign anew at each step, its own numbers of steps (lpl_steps.py), the outer gradient through the steps.
+Source: Li, Su, Wu, Zhang, "Logit Perturbation", AAAI 2022; github.com/limengyang1992/lpl at 9fe33e8.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,14 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from perturbjax.bound import Bound, check_bound, largest, needs, radius
-from perturbjax.checks import check_logits_labels, check_number, is_traced
-from perturbjax.classes import AxisName, wide
+from perturbjax.bound import Bound, check_bound, largest, needs, needs_accuracy, radius
+from perturbjax.checks import check_choice, check_logits_labels, check_number, is_traced
+from perturbjax.classes import AxisName, at_least_float32, class_mean, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 from perturbjax.inference.pgd import UNROLLED, pgd
-from perturbjax.split import Clean, Split, as_split
+from perturbjax.logit.lpl_steps import HeadTailSteps, ProportionalSteps, Steps, class_steps, largest_steps, steps_need
+from perturbjax.projection import group_norm, project, unit
+from perturbjax.split import Clean, Split, as_split, by_accuracy
 
 DEFAULT_BOUND = 1.0
+Normalize = Literal["none", "row", "column"]
+NORMALIZE = ("none", "row", "column")
 
 
 def lpl_delta(
@@ -31,6 +37,7 @@ def lpl_delta(
     direction: ArrayLike,
     bound: ArrayLike,
     step_size: ArrayLike,
+    normalize: Normalize = "none",
     max_steps: int | None = None,
     axis_name: AxisName = None,
 ) -> jax.Array:
@@ -40,12 +47,14 @@ def lpl_delta(
       logits: [B, C], any float type (computed in at least float32).
       labels: [B] integers in 0..C-1; others (padding) get zeros.
       direction: s_c, +1 raises the loss of class c, −1 lowers it; a number or [C].
-      bound: ε_c in units of step_size·steps; a number or [C]. step_size: α. All three may be traced.
+      bound: ε_c in units of step_size·steps; a number or [C]. step_size: α, a number or [C]. All three may be traced.
+      normalize: of the class means before the step, see `lpl`.
       max_steps: static limit of K_c; None: read off bound and step_size, which must not be traced then.
       axis_name: mapped axis to take class means over; None: this is the whole batch.
 
     Raises:
-      ValueError: shapes that don't fit, a loop length that can't be known, or a max_steps too small for bound and step_size.
+      ValueError: shapes that don't fit, logits that aren't finite (outside a trace), a loop length that can't be known, or a
+        max_steps too small for bound and step_size.
 
     >>> u, y = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
     >>> print(lpl_delta(u, y, direction=jnp.array([1.0, -1.0]), bound=0.2, step_size=0.1).round(3))
@@ -53,42 +62,114 @@ def lpl_delta(
      [-0.053  0.053]]
     """
     check_logits_labels("lpl_delta", logits, labels)
+    check_choice("lpl_delta", "normalize", normalize, NORMALIZE)
+    if not is_traced(logits) and not (finite := np.isfinite(np.asarray(logits, np.float32)).all(axis=1)).all():
+        row = int(np.argmin(finite))
+        raise ValueError(f"lpl_delta needs finite logits, got {logits[row]} in row {row}. Lower the learning rate.")
     logits = wide(logits)
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    cross_entropy = lambda u: -jnp.sum(targets * jax.nn.log_softmax(u, axis=-1), axis=-1)
-    max_steps = _loop_length(None if is_traced(bound) else bound, step_size, max_steps)
-    delta, _ = pgd(
-        cross_entropy, logits, labels, logits.shape[-1], direction=direction, step_size=step_size,
-        num_steps=lpl_steps(bound, step_size), max_steps=max_steps, step="raw", axis_name=axis_name,
+    return _search(
+        _cross_entropy(targets), logits, labels, logits.shape[-1], signs=direction, step_size=step_size,
+        num_steps=lpl_steps(bound, step_size), bound=jnp.inf, normalize=normalize,
+        max_steps=_loop_length(_needed(None if is_traced(bound) else bound, step_size), max_steps), axis_name=axis_name,
     )  # fmt: skip
-    return delta
 
 
 def lpl_steps(bound: ArrayLike, step_size: ArrayLike) -> jax.Array:
     """K_c = ⌊ε_c/α⌋ (eq. 19), with a guard: 0.9/0.3 is 2.9999998 in float32, and is three steps."""
-    return jnp.floor(jnp.asarray(bound, jnp.float32) / step_size + 1e-4)
+    return jnp.floor(jnp.asarray(bound, jnp.float32) / jnp.asarray(step_size, jnp.float32) + 1e-4)
 
 
-def _loop_length(most: Any, step_size: Any, max_steps: int | None) -> int:
-    """Static loop length: max_steps, or for a largest bound 10, 20, 40 …, so that nearby bounds share one compiled program."""
+def _cross_entropy(targets: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    return lambda u: -jnp.sum(targets.astype(u.dtype) * jax.nn.log_softmax(u, axis=-1), axis=-1)
+
+
+def _normalized(mean: jax.Array, how: Normalize) -> jax.Array:
+    """The class means [C, C] by the l2 norm of each row, or of the column of the same number (the code); zero stays zero."""
+    if how == "column":
+        norm = group_norm(mean.T)
+        return mean / jnp.where(norm > 0, norm, 1)[:, None]
+    return unit(mean) if how == "row" else mean
+
+
+def _search(
+    loss_of: Callable[[jax.Array], jax.Array],
+    value: jax.Array,
+    labels: jax.Array,
+    num_classes: int,
+    *,
+    signs: ArrayLike | Callable[[jax.Array], jax.Array],
+    step_size: ArrayLike,
+    num_steps: ArrayLike,
+    bound: ArrayLike,
+    normalize: Normalize,
+    max_steps: int,
+    axis_name: AxisName,
+    twice: bool = False,
+    through: bool = False,
+) -> jax.Array:
+    """δ [B, C]. `signs` as a function of the logits is asked at every step; `twice` and `through` are described in `lpl`.
+
+    The paper's form is the library's search. The code's lets all classes walk on and picks each one's place after its own number of
+    steps, which is another place where classes depend on each other: by the norms of columns, or by signs asked at every step.
+    """
+    if normalize != "column" and not (callable(signs) or twice or through):
+        delta, _ = pgd(
+            loss_of, value, labels, num_classes, direction=signs, step_size=step_size, num_steps=num_steps, bound=bound,
+            step="unit" if normalize == "row" else "raw", max_steps=max_steps, axis_name=axis_name,
+        )  # fmt: skip
+        return delta
+    dtype = at_least_float32(value.dtype)
+    hold = (lambda x: x) if through else jax.lax.stop_gradient
+    of_class = lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), [num_classes])
+    spread = lambda delta: delta.at[labels].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    value, limit = hold(value.astype(dtype)), of_class(bound)
+    steps = jnp.minimum(of_class(num_steps), max_steps)
+
+    def walk(places, k):
+        delta, kept = places
+        point = value + spread(delta)
+        slope = class_mean(jax.grad(lambda u: loss_of(u).sum())(point), labels, num_classes, axis_name=axis_name)
+        rate = of_class(signs(point) if callable(signs) else signs) * of_class(step_size)
+        step = rate[:, None] * hold(_normalized(slope.astype(dtype), normalize))
+        after = project(delta + step, limit)
+        kept = jnp.where((k + 1 == steps)[:, None], after, kept)
+        return (project(after + step, limit) if twice else after, kept), None
+
+    zeros = jnp.zeros([num_classes, num_classes], dtype)
+    (_, kept), _ = jax.lax.scan(walk, (zeros, zeros), jnp.arange(max_steps, dtype=dtype))
+    return spread(kept)
+
+
+def _needed(most: Any, step_size: Any, num_steps: Steps | None = None) -> float | None:
+    """The largest number of steps that will occur, for a largest bound or a rule; None if it can't be known here."""
     check_number("lpl", low=0, open_low=True, step_size=step_size)
+    if num_steps is not None:
+        return largest_steps(num_steps)
     if most is None or is_traced(step_size):
+        return None
+    if not np.isfinite(most).all():
+        raise ValueError(f"lpl needs a finite bound, got {most}. It sets the number of steps, floor(bound / step_size).")
+    return float(np.floor(np.max(most) / np.min(step_size) + 1e-4))
+
+
+def _loop_length(needed: float | None, max_steps: int | None) -> int:
+    """Static loop length: max_steps, or for what is needed 10, 20, 40 …, so that nearby bounds share one compiled program."""
+    if needed is None:
         if max_steps is not None:
             return int(max_steps)
         raise ValueError(
-            "lpl needs max_steps when bound or step_size is traced or a schedule, got None: the loop's length is part of the "
-            "program. Pass max_steps=10, the largest floor(bound / step_size) that will occur."
+            "lpl needs max_steps when bound, step_size or num_steps is traced or a schedule, got None: the loop's length is part "
+            "of the program. Pass max_steps=10, the largest floor(bound / step_size) that will occur."
         )
-    if not np.isfinite(most).all():
-        raise ValueError(f"lpl needs a finite bound, got {most}. It sets the number of steps, floor(bound / step_size).")
-    needed, length = int(np.floor(np.max(most) / np.min(step_size) + 1e-4)), UNROLLED
     if max_steps is not None:
         if max_steps < needed:
             raise ValueError(
-                f"lpl needs max_steps >= floor(bound / step_size) = {needed}, got {max_steps}. "
-                f"Pass max_steps={needed}, or leave it out."
+                f"lpl needs max_steps >= floor(bound / step_size) = {needed:g}, got {max_steps}. "
+                f"Pass max_steps={needed:g}, or leave it out."
             )
         return int(max_steps)
+    length = UNROLLED
     while length < needed:
         length *= 2
     return length
@@ -96,7 +177,8 @@ def _loop_length(most: Any, step_size: Any, max_steps: int | None) -> int:
 
 def _resolve(settings: dict) -> dict:
     most = largest(settings["bound"], default=DEFAULT_BOUND)
-    return {"max_steps": _loop_length(most, settings["step_size"], settings["max_steps"])}
+    needed = _needed(most, settings["step_size"], settings.get("num_steps"))
+    return {"max_steps": _loop_length(needed, settings["max_steps"])}
 
 
 @method(
@@ -112,36 +194,66 @@ def lpl(
     direction: ArrayLike | None = None,
     project: bool = False,
     max_steps: int | None = None,
+    num_steps: Steps | None = None,
+    normalize: Normalize = "none",
+    sign: Literal["fixed", "each_step"] = "fixed",
+    gradient: Literal["stop", "through"] = "stop",
+    search: Literal["rest", "alone"] = "rest",
 ) -> Perturbation:
     """LPL at the logits: raises the losses of badly learnt (or rare) classes, lowers those of the others.
 
     Args:
       bound: ε_c: a number, [C], `varied()`, `varied_by_frequency()`, or a schedule of the step. The paper searches 0.1…0.5 with
         step_size 0.01…0.03 on balanced data, and 1.5…5 with 0.1…0.3 on long-tailed data.
-      step_size: α.
-      split: which classes are raised: "accuracy" (q̄_c ≤ τ, running mean over steps), "frequency" (rank > τ·C), or a Split.
-        q̄_c comes from the logits as they reach this link: adjusted ones in chain(logit_adjustment(), lpl()).
+      step_size: α, a number or [C].
+      split: which classes are raised: "accuracy" (q̄_c ≤ τ, running mean over steps), "frequency" (rank > τ·C), or a Split, such as
+        by_accuracy(update="epoch"). q̄_c comes from the logits as they reach this link: adjusted ones in
+        chain(logit_adjustment(), lpl()), plain ones in chain(lpl(), logit_adjustment()).
       tau: threshold of a split given by name.
       direction: overrides the split: +1, −1 or [C].
       project: also keep each class's delta in the l2 ball of radius ε_c.
-      max_steps: static limit of the number of steps; None: read off bound and step_size.
+      max_steps: static limit of the number of steps; None: read off bound and step_size, or num_steps.
+      num_steps: K_c instead of ⌊ε_c/α⌋: a number, [C], or a rule of the authors' code, `head_tail_steps()`, `proportional_steps()`.
+
+    What the authors' code does otherwise:
+      normalize: divides each class's mean gradient by its own l2 norm ("row"), or by that of the *column* of the same number in the
+        matrix of class means ("column": the code), so that a step moves by about α.
+      sign: "each_step" asks the split again after every step, at the logits moved so far (the balanced code, with
+        split=by_accuracy(update="batch", over="all")).
+      gradient: "through" lets the outer gradient flow through the steps (the long-tail code); otherwise the delta is a constant.
+      search: the steps climb the loss as the later links leave it ("rest"), or the cross entropy of the logits here ("alone"): with
+        chain(lpl(search="alone"), logit_adjustment()) the perturbation comes first and the adjustment after it.
 
     Metrics: raised, lowered (numbers of classes), inner_evaluations.
     """
     check_bound("lpl", bound)
-    max_steps = _loop_length(largest(bound, default=DEFAULT_BOUND), step_size, max_steps)
-    split = as_split("lpl", split, tau=tau, direction=direction)
+    check_choice("lpl", "normalize", normalize, NORMALIZE)
+    check_choice("lpl", "sign", sign, ("fixed", "each_step"))
+    check_choice("lpl", "gradient", gradient, ("stop", "through"))
+    check_choice("lpl", "search", search, ("rest", "alone"))
+    check_number("lpl", low=0, num_steps=None if isinstance(num_steps, HeadTailSteps | ProportionalSteps) else num_steps)
+    max_steps = _loop_length(_needed(largest(bound, default=DEFAULT_BOUND), step_size, num_steps), max_steps)
+    beside = {"accuracy": by_accuracy()} if needs_accuracy(bound) else {}
+    split = as_split("lpl", split, tau=tau, direction=direction, frequency=beside)
+    twice = isinstance(num_steps, ProportionalSteps) and num_steps.counted == "twice"
 
     def apply(flow: Flow, rest: Rest, state: Any, context: Context):
-        state = split.update(state, Clean(flow.value, flow.labels, flow.targets), context)
+        clean, before = lambda u: Clean(u, flow.labels, flow.targets), state
+        state = split.update(state, clean(flow.value), context)
         signs = split.direction(state, context)
         eps = radius(bound, default=DEFAULT_BOUND, split=split, state=state, context=context, site=context.site)
-        delta, _ = pgd(
-            rest, flow.value, flow.labels, context.num_classes, direction=signs, step_size=step_size,
-            num_steps=lpl_steps(eps, step_size), bound=eps if project else jnp.inf, step="raw", max_steps=max_steps,
-            axis_name=context.axis_name,
+        steps = lpl_steps(eps, step_size)
+        if num_steps is not None:
+            steps = class_steps(num_steps, split=split, state=state, context=context)
+        again = lambda u: split.direction(split.update(before, clean(u), context), context)
+        delta = _search(
+            rest if search == "rest" else _cross_entropy(flow.targets), flow.value, flow.labels, context.num_classes,
+            signs=again if sign == "each_step" else signs, step_size=step_size, num_steps=steps,
+            bound=eps if project else jnp.inf, normalize=normalize, max_steps=max_steps, axis_name=context.axis_name,
+            twice=twice, through=gradient == "through",
         )  # fmt: skip
         metrics = {"raised": jnp.sum(signs > 0), "lowered": jnp.sum(signs < 0), "inner_evaluations": jnp.int32(max_steps)}
         return flow._replace(value=flow.value + delta), state, metrics
 
-    return Perturbation("logits", split.init, apply, search=True, needs=needs(bound, split))
+    needed = tuple(dict.fromkeys(needs(bound, split) + steps_need(num_steps)))
+    return Perturbation("logits", split.init, apply, search=True, needs=needed)

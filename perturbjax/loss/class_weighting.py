@@ -4,7 +4,8 @@ r"""Class weighting: one factor of the loss per class.
     effective   w_c ∝ (1 − β)/(1 − β^{N_c}), scaled to sum C          Cui et al., CVPR 2019
 
 The factor belongs to the sample's label and multiplies its whole loss, so smoothed or mixed targets keep their proportions
-(weighting each class's term instead would distort them). Source: King & Zeng 2001 (balanced); Cui et al., CVPR 2019.
+(weighting each class's term instead would distort them). With `start` the weights act late in training only: deferred re-weighting
+(DRW), which goes with LDAM. Source: King & Zeng 2001 (balanced); Cui et al., CVPR 2019; Cao et al., NeurIPS 2019 (deferred).
 """
 
 from typing import Literal
@@ -54,16 +55,19 @@ def class_weighting(
     kind: Literal["none", "balanced", "effective"] = "balanced",
     beta: ArrayLike = 0.9999,
     weights: tuple[float, ...] | None = None,
+    start: ArrayLike = 0.0,
 ) -> Perturbation:
     """Multiplies each sample's weight by that of its class.
 
     Args:
       kind: "none", "balanced" or "effective" (number of samples, with `beta`). weights: C numbers instead of a kind.
+      start: share of training after which the weights act (0.8 for deferred re-weighting); before, all are 1.
     """
     check_choice("class_weighting", "kind", kind, KINDS)
     if not is_traced(beta) and not 0 < float(np.asarray(beta)) <= 1 - 1e-7:
         raise ValueError(f"class_weighting needs 0 < beta < 1, got {beta}. The limit 1 is kind='balanced', up to a factor.")
     check_number("class_weighting", low=0, weights=weights)
+    check_number("class_weighting", low=0, high=1, start=start)
 
     def factors(context: Context) -> jax.Array:
         if weights is None:
@@ -78,6 +82,7 @@ def class_weighting(
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         factor = factors(context)[flow.labels].astype(flow.weights.dtype)
+        factor = jnp.where(jnp.asarray(context.progress) >= start, factor, 1)
         return flow._replace(weights=flow.weights * factor), state, {}
 
     return Perturbation("loss", init, apply, needs=("class_counts",) if weights is None else ())

@@ -1,15 +1,20 @@
 r"""Focal loss, softmax form: down-weights samples that are classified well.
 
-    (1 − p_y)^γ · ℓ
+    sample      (1 − p_y)^γ · ℓ
+    category    (1 − p̄_y)^γ · ℓ,   p̄_c = mean_{j: y_j = c} p_{j,c} over the batch        (taxonomy, footnote 4)
 
-p_y is the probability of the (dominant) true class; the factor takes part in the gradient. Source: Lin et al., ICCV 2017.
+p_y is the probability of the (dominant) true class. The sample's factor takes part in the gradient; the class's is a weight, constant
+for it (our reading). Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_number
+from perturbjax.checks import check_choice, check_number
+from perturbjax.classes import class_mean
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 
 
@@ -19,22 +24,37 @@ def focal_factor(log_probabilities: jax.Array, labels: jax.Array, *, gamma: Arra
     >>> print(focal_factor(jnp.log(jnp.array([[0.75, 0.25]])), jnp.array([0]), gamma=2.0))
     [0.0625]
     """
+    miss = _miss(log_probabilities, labels)
+    return miss ** jnp.asarray(gamma, miss.dtype)
+
+
+def _miss(log_probabilities: jax.Array, labels: jax.Array) -> jax.Array:
+    """1 − p_y: [B]."""
     log_p = jnp.take_along_axis(log_probabilities, labels[:, None], axis=1, mode="clip")[:, 0]  # padding: some number, no nan
     # −expm1(log p) keeps 1 − p exact near 1; the floor keeps the power's derivative finite at p = 1.
-    miss = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(log_p.dtype).tiny)
-    return miss ** jnp.asarray(gamma, log_p.dtype)
+    return jnp.maximum(-jnp.expm1(log_p), jnp.finfo(log_p.dtype).tiny)
 
 
 @method(
-    target="loss", direction=(-1,), inference="prior", granularity="sample",
+    target="loss", direction=(-1,), inference="prior", granularity=("sample", "category"),
     cite="Lin et al., ICCV 2017", off=dict(gamma=0.0),
 )  # fmt: skip
-def focal(*, gamma: ArrayLike = 2.0) -> Perturbation:
-    """Focal loss with exponent γ = `gamma`; multiplies whatever the loss is so far (cross entropy, or after other loss links)."""
+def focal(*, gamma: ArrayLike = 2.0, granularity: Literal["sample", "category"] = "sample") -> Perturbation:
+    """Focal loss with exponent γ = `gamma`; multiplies whatever the loss is so far (cross entropy, or after other loss links).
+
+    granularity: "sample" looks at each sample's probability, "category" at its class's mean over the batch.
+    """
     check_number("focal", low=0, gamma=gamma)
+    check_choice("focal", "granularity", granularity, ("sample", "category"))
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        factor = focal_factor(jax.nn.log_softmax(flow.trace["logits"]), flow.labels, gamma=gamma)
+        log_p = jax.nn.log_softmax(flow.trace["logits"])
+        if granularity == "sample":
+            factor = focal_factor(log_p, flow.labels, gamma=gamma)
+        else:
+            miss = jax.lax.stop_gradient(_miss(log_p, flow.labels))
+            mean = class_mean(miss, flow.labels, context.num_classes, axis_name=context.axis_name)
+            factor = (mean ** jnp.asarray(gamma, mean.dtype)).at[flow.labels].get(mode="clip")
         return flow._replace(value=flow.value * factor), state, {}
 
     return Perturbation("loss", lambda context: (), apply)

@@ -8,7 +8,6 @@ between `stage1` and `stage2`. Every slice of the line runs alone, and slice aft
 
 import difflib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +21,7 @@ class Net(nn.Module, kw_only=True):
 
     num_classes: C. mean, std: per channel. The input site is pixels in [0, 1], [B, H, W, channels]; they are normalised after it.
     head: "linear", or "cosine": scale · ⟨f/‖f‖, w_c/‖w_c‖⟩, without bias.
+    abstain: one more output, for abstention (`pj.dac`): a site "outputs", [B, C + 1], before the logits, which are its first C.
     dropout: rate inside the stages. dtype: of the layers' arithmetic; parameters are float32, features and logits at least float32.
     """
 
@@ -32,6 +32,7 @@ class Net(nn.Module, kw_only=True):
     scale: float = 30.0
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    abstain: bool = False
 
     smallest = 1  # pixels along an edge
 
@@ -53,7 +54,7 @@ class Net(nn.Module, kw_only=True):
     @property
     def sites(self) -> tuple[str, ...]:
         """The names along the forward pass, in order."""
-        return ("input", *self.layers(train=False), "logits")
+        return ("input", *self.layers(train=False), *(("outputs",) if self.abstain else ()), "logits")
 
     @nn.compact
     def __call__(self, value: jax.Array, *, train: bool = False, start: str = "input", stop: str = "logits") -> jax.Array:
@@ -70,10 +71,19 @@ class Net(nn.Module, kw_only=True):
             )
         if first == 0 and last > 0:
             value = self._normalised(value)
-        layers = self.layers(train) | {"logits": partial(Head, self.num_classes, self.head, self.scale)}
+        layers = self.layers(train)
         for site in self.sites[first + 1 : last + 1]:
-            value = layers[site](name=site)(value)
+            value = layers[site](name=site)(value) if site in layers else self._head(site, value)
         return value
+
+    def _head(self, site: str, value: jax.Array) -> jax.Array:
+        """The logits from the features; with `abstain` both, and the logits from both. The classes' part is the same net either way."""
+        if site == "logits" and self.abstain:
+            return value[:, : self.num_classes]
+        logits = Head(self.num_classes, self.head, self.scale, name="logits")(value)
+        if site == "logits":
+            return logits
+        return jnp.concatenate([logits, Head(1, self.head, self.scale, name="abstention")(value)], axis=1)
 
     def head_of(self, params) -> tuple[jax.Array, jax.Array]:
         """(W [C, d], b [C]) with logits = features @ W.T + b, from the collection "params"; needs no bound module."""

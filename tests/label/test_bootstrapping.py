@@ -107,3 +107,35 @@ def test_errors_say_what_was_given():
         pj.bootstrapping(kind="firm")
     with pytest.raises(ValueError, match="bootstrapping needs 0 <= weight <= 1, got -0.1"):
         pj.bootstrapping(weight=-0.1)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_previous_predictions_are_those_of_the_samples_last_visit(problem, kind):
+    """Taxonomy eq. 37: y′ from the previous epoch, by the sample's position in the data set; y itself at the first visit."""
+    w, _, _ = problem
+    rng, made = np.random.default_rng(2), None
+    made = pj.objective(MODEL, pj.bootstrapping(kind=kind, weight=0.4, previous=True), num_classes=C, num_examples=12)
+    states, remembered = made.init(w, np.zeros((7, 5))), {}
+    for _ in range(4):
+        index, x, y = rng.permutation(12)[:7].astype(np.int32), rng.normal(size=(7, 5)), rng.integers(0, C, 7).astype(np.int32)
+        u, targets = x @ w, np.eye(C)[y]
+        for i, position in enumerate(index):
+            if position in remembered:
+                targets[i] = moved(targets[i : i + 1], remembered[position][None], 0.4, kind)[0]
+            remembered[position] = u[i]
+        (_, out), grad = jax.value_and_grad(made, has_aux=True)(
+            w, states, pj.batch(x, jnp.asarray(y), index=jnp.asarray(index))
+        )
+        states = out.states
+        np.testing.assert_allclose(out.losses, -(targets * log_softmax(u)).sum(1), rtol=1e-9)
+        np.testing.assert_allclose(grad, x.T @ (np.exp(log_softmax(u)) - targets) / 7, atol=1e-10)
+        w = w - 0.1 * np.asarray(grad)
+
+
+def test_previous_predictions_need_a_table(problem):
+    w, x, y = problem
+    with pytest.raises(ValueError, match="bootstrapping needs num_examples for previous=True, got none"):
+        run(w, x, y, pj.bootstrapping(previous=True))
+    made = pj.objective(MODEL, pj.bootstrapping(previous=True), num_classes=C, num_examples=5)
+    with pytest.raises(ValueError, match=r"bootstrapping needs indices in 0\.\.4, got 5 at position 5"):
+        made(w, made.init(w, x), pj.batch(x, jnp.asarray(y)))

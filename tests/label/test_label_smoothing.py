@@ -73,3 +73,15 @@ def test_confident_predictions_pay_and_wrong_ones_gain(problem):
 def test_weight_outside_0_to_1_is_an_error():
     with pytest.raises(ValueError, match="label_smoothing needs 0 <= weight <= 1, got 1.5"):
         pj.label_smoothing(weight=1.5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_on_the_prediction(problem, weight):
+    """Taxonomy eq. 6-ii: ℓ(p + λ(1/C − p), y)."""
+    w, x, y = problem
+    out, grad = run(w, x, y, weight=weight, on="prediction")
+    loss = lambda w: -np.log((1 - weight) * np.exp(log_softmax(x @ w)) + weight / C)[np.arange(7), y]
+    np.testing.assert_allclose(out.losses, loss(w), rtol=1e-10)
+    steps = 1e-6 * np.eye(w.size).reshape(-1, *w.shape)
+    numeric = np.array([(loss(w + e).mean() - loss(w - e).mean()) / 2e-6 for e in steps]).reshape(w.shape)
+    np.testing.assert_allclose(grad, numeric, atol=1e-8)

@@ -104,6 +104,65 @@ def test_strength_is_ramped_by_progress(problem):
     np.testing.assert_allclose(shift[2] - plain, 2 * (shift[1] - plain), rtol=1e-6, atol=1e-9)
 
 
+def numpy_covariance(params, batches):
+    """[C, D, D] of all features so far, divided by the count."""
+    a, y = features(params, np.concatenate([x for x, _ in batches])), np.concatenate([y for _, y in batches])
+    return np.array([np.cov(a[y == c].T, bias=True) if (y == c).any() else np.zeros((D, D)) for c in range(C)])
+
+
+def run_through(params, batches, *, progress=0.4, epochs=None, **settings):
+    """(the last step's Output, its plain logits) of one step per batch."""
+    made = pj.objective(MODEL, pj.isda(**settings), num_classes=C)
+    states = made.init(params, batches[0][0])
+    for number, (x, y) in enumerate(batches):
+        at = progress if np.isscalar(progress) else progress[number]
+        _, out = made(params, states, pj.batch(x, y), progress=at, epoch=number if epochs is None else epochs[number])
+        states = out.states
+    return out, features(params, x) @ params["w"].T + params["b"]
+
+
+def test_updated_after_use_the_shift_comes_from_the_batches_before(problem):
+    params, batches = problem
+    before, _ = run_through(params, batches, update="before")
+    after, u = run_through(params, batches, update="after")
+    y = batches[-1][1]
+    shift = 0.4 * 0.5 / 2 * by_loops(params["w"], numpy_covariance(params, batches[:2]))
+    np.testing.assert_allclose(after.logits, u + shift[y], rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(after.states[0].covariance, before.states[0].covariance)
+    first, u = run_through(params, batches[:1], update="after")
+    np.testing.assert_allclose(first.logits, u, rtol=1e-12)
+
+
+def test_a_decay_forgets_old_batches_exponentially(problem):
+    """As if every sample of a batch k steps ago were there decay^k times; decay = 1 is the exact count."""
+    params, batches = problem
+    out, _ = run_through(params, batches, decay=0.6)
+    a = [features(params, x) for x, _ in batches]
+    for c in range(C):
+        weight = np.concatenate([0.6 ** (2 - k) * (y == c) for k, (_, y) in enumerate(batches)])
+        rows = np.concatenate(a)
+        mean = weight @ rows / weight.sum()
+        covariance = (weight[:, None] * (rows - mean)).T @ (rows - mean) / weight.sum()
+        np.testing.assert_allclose(out.states[0].covariance[c], covariance, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(out.states[0].count[c], weight.sum(), rtol=1e-6)
+    exact, _ = run_through(params, batches, decay=1.0)
+    np.testing.assert_allclose(exact.states[0].covariance, numpy_covariance(params, batches), rtol=1e-4, atol=1e-6)
+
+
+def test_the_authors_ramp_is_by_whole_epochs_and_zero_in_the_first(problem):
+    """λ₀·epoch/epochs: with 10 epochs of 4 steps, progress at steps 2, 21 and 22 is 0.05, 0.525 and 0.55, and λ 0, 0.5 and 0.5."""
+    params, batches = problem
+    batches, progress, epochs = [batches[0]] * 5, [0.0, 0.05, 0.5, 0.525, 0.55], [0, 0, 5, 5, 5]
+    factor = by_loops(params["w"], numpy_covariance(params, batches[:1]))[batches[0][1]] / 4  # λ₀/2
+    for steps, ramped in ((2, 0.0), (3, 0.5), (5, 0.5)):
+        out, u = run_through(params, batches[:steps], progress=progress, epochs=epochs, ramp="epoch")
+        np.testing.assert_allclose(out.logits, u + ramped * factor, rtol=1e-4, atol=1e-6)
+    out, u = run_through(params, batches, progress=progress, epochs=epochs, ramp="none")
+    np.testing.assert_allclose(out.logits, u + factor, rtol=1e-4, atol=1e-6)
+    out, u = run_through(params, batches, progress=progress, epochs=epochs)
+    np.testing.assert_allclose(out.logits, u + 0.55 * factor, rtol=1e-4, atol=1e-6)
+
+
 def test_gradient_reaches_the_rows_but_not_the_covariance(problem):
     """To finite differences of the loss with Σ held at its value."""
     params, [(x, y), *_] = problem
@@ -140,3 +199,9 @@ def test_it_needs_features_and_a_head():
         pj.objective(maps, pj.isda(), num_classes=C).init(jnp.ones([4, C]), jnp.ones([2, 3, 3, 4]))
     with pytest.raises(ValueError, match="isda needs strength >= 0, got -1"):
         pj.isda(strength=-1.0)
+    with pytest.raises(ValueError, match="isda needs 0 <= decay <= 1, got 1.1"):
+        pj.isda(decay=1.1)
+    with pytest.raises(ValueError, match="isda needs ramp .* got 'epochs'. Did you mean 'epoch'"):
+        pj.isda(ramp="epochs")
+    with pytest.raises(ValueError, match="isda needs update .* got 'behind'"):
+        pj.isda(update="behind")

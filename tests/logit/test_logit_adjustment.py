@@ -66,6 +66,17 @@ def test_gradient_is_the_finite_difference(problem):
     np.testing.assert_allclose(grad, numeric, atol=1e-9)
 
 
+def test_balanced_softmax_is_the_softmax_weighted_by_counts_and_la_with_tau_1(problem):
+    """−log(n_y e^{u_y} / Σ_c n_c e^{u_c}) (Ren et al., eq. 3)."""
+    w, x, y = problem
+    made = pj.objective(MODEL, pj.balanced_softmax(), num_classes=C, class_counts=COUNTS)
+    loss, out = made(w, made.init(w, x), pj.batch(x, y))
+    weighted = COUNTS * np.exp(x @ w)
+    np.testing.assert_allclose(out.losses, -np.log(weighted[np.arange(7), y] / weighted.sum(1)), rtol=1e-12)
+    la = objective(1.0)
+    np.testing.assert_array_equal(loss, la(w, la.init(w, x), pj.batch(x, y))[0])
+
+
 def test_the_delta_undoes_itself_after_training():
     """argmax(u − τ log π) of plain logits: the post-hoc form uses the same function with −τ."""
     np.testing.assert_allclose(pj.logit_adjustment_delta(COUNTS, tau=-0.7), -0.7 * np.log(PRIOR), rtol=1e-6)

@@ -187,7 +187,8 @@ def test_a_bound_may_be_a_schedule(batch):
     link = pj.lpl(bound=lambda step: 0.1 * (1 + step), step_size=0.1, direction=1.0, max_steps=4)
     made = objective(link)
     for step in (0, 2):
-        _, out = made(ZERO, made.init(ZERO, u), pj.batch(jnp.asarray(u, jnp.float32), y), step=step)
+        data = pj.batch(jnp.asarray(u, jnp.float32), y)
+        _, out = made(ZERO, made.init(ZERO, data.inputs), data, step=step)
         expected = algorithm_2(u, np.eye(C)[y], y, np.ones(C), [1 + step] * C, 0.1)
         np.testing.assert_allclose(out.logits, u + expected, rtol=1e-5, atol=1e-6)
 

@@ -8,6 +8,11 @@ from sklearn.utils.class_weight import compute_class_weight
 
 import perturbjax as pj
 
+try:
+    from jax import enable_x64
+except ImportError:  # before JAX 0.8
+    from jax.experimental import enable_x64
+
 C, COUNTS = 4, np.array([10, 2, 5, 1])
 MODEL = pj.line(lambda w, x: x @ w)
 
@@ -16,7 +21,7 @@ MODEL = pj.line(lambda w, x: x @ w)
 def problem():
     """Weights, inputs and labels in float64."""
     rng = np.random.default_rng(0)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield rng.normal(size=(5, C)), rng.normal(size=(7, 5)), rng.integers(0, C, 7).astype(np.int32)
 
 
@@ -85,6 +90,16 @@ def test_it_multiplies_the_weights_the_samples_bring(problem):
     np.testing.assert_allclose(out.losses, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("progress, weighted", [(0.0, False), (0.79, False), (0.8, True), (1.0, True)])
+def test_deferred_weights_act_late(problem, progress, weighted):
+    """Deferred re-weighting (LDAM-DRW): all weights are 1 until `start`."""
+    w, x, y = problem
+    made = pj.objective(MODEL, pj.class_weighting(kind="effective", start=0.8), num_classes=C, class_counts=COUNTS)
+    _, out = made(w, made.init(w, x), pj.batch(x, jnp.asarray(y)), progress=progress)
+    factor = np.asarray(pj.class_weights(COUNTS, kind="effective"), np.float64)[y] if weighted else 1.0
+    np.testing.assert_allclose(out.losses, factor * -log_softmax(x @ w)[np.arange(7), y], rtol=1e-6)
+
+
 def test_given_weights_may_be_traced():
     """A sweep over weights shares one state."""
     made = lambda weights: pj.objective(MODEL, pj.class_weighting(weights=weights), num_classes=2)
@@ -110,5 +125,7 @@ def test_errors_say_what_to_do():
         pj.class_weighting(kind="balance")
     with pytest.raises(ValueError, match="class_weighting needs 0 < beta < 1, got 1.0. The limit 1 is"):
         pj.class_weighting(beta=1.0)
+    with pytest.raises(ValueError, match="class_weighting needs 0 <= start <= 1, got 2"):
+        pj.class_weighting(start=2.0)
     with pytest.raises(ValueError, match="class_weighting needs weights >= 0"):
         pj.class_weighting(weights=(1.0, -2.0, 1.0, 1.0))

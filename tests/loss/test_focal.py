@@ -7,6 +7,11 @@ import pytest
 
 import perturbjax as pj
 
+try:
+    from jax import enable_x64
+except ImportError:  # before JAX 0.8
+    from jax.experimental import enable_x64
+
 C = 4
 MODEL = pj.line(lambda w, x: x @ w)
 
@@ -15,7 +20,7 @@ MODEL = pj.line(lambda w, x: x @ w)
 def problem():
     """Weights, inputs and labels in float64."""
     rng = np.random.default_rng(0)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield rng.normal(size=(5, C)), rng.normal(size=(7, 5)), rng.integers(0, C, 7).astype(np.int32)
 
 
@@ -90,6 +95,48 @@ def test_with_mixed_targets_the_factor_is_that_of_the_dominant_class(problem):
 def test_it_lowers_every_loss(problem):
     w, x, y = problem
     assert (run(w, x, y, pj.focal())[0].losses < run(w, x, y, ())[0].losses).all()
+
+
+def test_by_category_the_factor_is_that_of_the_class_s_mean_and_a_constant(problem):
+    """(1 − mean of p_y over the class)^γ (taxonomy, footnote 4)."""
+    w, x, y = problem
+    out, grad = run(w, x, y, pj.focal(gamma=2.0, granularity="category"))
+    p = np.exp(log_softmax(x @ w))[np.arange(len(y)), y]
+    factor = np.array([(1 - p[y == c].mean()) ** 2 for c in y])
+    ce = lambda w: -log_softmax(x @ w)[np.arange(len(y)), y]
+    np.testing.assert_allclose(out.losses, factor * ce(w), rtol=1e-10)
+    steps = 1e-6 * np.eye(w.size).reshape(-1, *w.shape)
+    numeric = np.array([(factor * (ce(w + e) - ce(w - e))).mean() / 2e-6 for e in steps]).reshape(w.shape)
+    np.testing.assert_allclose(grad, numeric, atol=1e-9)
+
+
+def test_by_category_of_one_sample_each_it_is_by_sample(problem):
+    w, x, _ = problem
+    alone = [run(w, x[:C], np.arange(C), pj.focal(granularity=g))[0].losses for g in ("category", "sample")]
+    np.testing.assert_allclose(*alone, rtol=1e-12)
+    off = run(w, x, np.zeros(7, int), pj.focal(gamma=0.0, granularity="category"))[0].losses
+    np.testing.assert_array_equal(off, run(w, x, np.zeros(7, int), ())[0].losses)
+
+
+def test_by_category_four_devices_are_one(problem):
+    _, x, _ = problem
+    rng = np.random.default_rng(1)
+    w, x, y = (jnp.asarray(v) for v in (rng.normal(size=(5, C)), rng.normal(size=(16, 5)), rng.integers(0, C, 16)))
+
+    def losses(w, x, y, axis_name=None):
+        made = pj.objective(MODEL, pj.focal(granularity="category"), num_classes=C, axis_name=axis_name)
+        return made(w, ((),), pj.batch(x, y))[1].losses
+
+    P, mesh = jax.sharding.PartitionSpec, jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(
+        lambda w, x, y: losses(w, x, y, "d"), mesh=mesh, in_specs=(P(), P("d"), P("d")), out_specs=P("d"), check_vma=False
+    )
+    np.testing.assert_allclose(jax.jit(mapped)(w, x, y), losses(w, x, y), rtol=1e-9)
+
+
+def test_unknown_granularity_is_an_error():
+    with pytest.raises(ValueError, match="focal needs granularity to be one of its names, got 'corpus'"):
+        pj.focal(granularity="corpus")
 
 
 def test_negative_gamma_is_an_error():

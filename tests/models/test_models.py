@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import perturbjax as pj
 from perturbjax import models
 from perturbjax.models import CNN, MLP, NAMES, ResNet, WideResNet, create
 from perturbjax.models.blocks import Ops
@@ -207,3 +208,29 @@ ERRORS = {
 def test_errors_say_what_was_given_and_what_to_write(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet8", "wrn16-8"])
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_one_more_output_is_for_abstention_and_changes_nothing_else(name, head):
+    plain, more = (create(name, head=head, width=2, abstain=abstain, **SHARED) for abstain in (False, True))
+    assert more.sites == (*plain.sites[:-1], "outputs", "logits")
+    variables, both = (jax.jit(lambda key, m=m: m.init(key, IMAGES))(jax.random.key(0)) for m in (plain, more))
+    jax.tree.map(
+        np.testing.assert_array_equal, variables["params"], {k: v for k, v in both["params"].items() if k != "abstention"}
+    )
+    outputs, logits = more.apply(both, IMAGES, stop="outputs"), plain.apply(variables, IMAGES)
+    assert outputs.shape == (4, 6)
+    np.testing.assert_array_equal(outputs[:, :5], logits)
+    np.testing.assert_array_equal(more.apply(both, IMAGES), logits)
+    np.testing.assert_array_equal(more.apply(both, outputs, start="outputs"), logits)
+
+
+def test_an_abstaining_classifier_trains_on_a_model_of_ours():
+    model = create("mlp", width=4, abstain=True, **SHARED)
+    params = model.init(jax.random.key(0), IMAGES)["params"]
+    made = pj.objective(model, pj.dac(warmup=0.0), num_classes=5)
+    grads = jax.grad(made, has_aux=True)(params, made.init(params, IMAGES), pj.batch(IMAGES, jnp.arange(4)))[0]
+    assert float(jnp.abs(grads["abstention"]["kernel"]).max()) > 0
+    with pytest.raises(ValueError, match="dac needs 'outputs', got none. Give the model one more output: create.*--abstain"):
+        pj.objective(create("mlp", **SHARED), pj.dac(), num_classes=5)

@@ -1,0 +1,97 @@
+r"""DLB, self-distillation from the last mini-batch: the last batch is looked at again, and should look as it did then.
+
+    ½ mean CE(new batch) + ½ mean CE(last batch) + α T² · mean KL( softmax(u_then/T) ‖ softmax(u_now/T) )   over the last batch
+
+u_then are its logits when it was new, one step ago. Two passes a step, as in the authors' code: twice the cost of plain training. The
+last batch is shown as it was augmented then; the authors augment it anew, which is the trainer's business here.
+Source: Shen et al., "Self-Distillation from the Last Mini-Batch for Consistency Regularization", CVPR 2022.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from perturbjax.checks import check_number
+from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.table import gather, own_share
+
+_LAST = "dlb"  # in flow.extra: (logits of the last batch now [B, C], its targets [B, C], its weights [B], whether there is one)
+
+
+def distillation(logits: jax.Array, teacher_logits: jax.Array, *, temperature: ArrayLike = 3.0) -> jax.Array:
+    """T² · KL(softmax(teacher/T) ‖ softmax(u/T)): [B]; the teacher is a constant.
+
+    >>> print(distillation(jnp.zeros([1, 2]), jnp.array([[0.0, 2.0]]), temperature=1.0).round(3))
+    [0.328]
+    """
+    t = jnp.asarray(temperature, logits.dtype)
+    teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits).astype(logits.dtype) / t)
+    return t**2 * jnp.sum(jnp.exp(teacher) * (teacher - jax.nn.log_softmax(logits / t)), axis=-1)
+
+
+class Last(NamedTuple):
+    """The last batch, of all devices."""
+
+    inputs: jax.Array  # [B, ...]
+    targets: jax.Array  # [B, C]
+    weights: jax.Array  # [B]
+    there: jax.Array  # [] bool, whether there has been one
+
+
+@method(
+    target="label", direction=(+1, -1), inference="prior", granularity="sample",
+    cite="Shen et al., CVPR 2022", off=None,
+)  # fmt: skip
+def dlb(*, weight: ArrayLike = 1.0, temperature: ArrayLike = 3.0) -> tuple[Perturbation, ...]:
+    """DLB: trains on each batch twice, the second time also on the predictions of the first time (twice the cost).
+
+    Args:
+      weight: α; the authors' code has no default.
+      temperature: T.
+
+    Links of the label and the loss act on the new batch alone; those before the logits act on both.
+    Metrics: distillation, the mean T²·KL; inner_evaluations of the second pass.
+    """
+    check_number("dlb", low=0, weight=weight)
+    check_number("dlb", low=0, open_low=True, temperature=temperature)
+
+    def init_inputs(context: Context) -> Last:
+        shape = context.site_shapes["input"]
+        return Last(
+            jnp.zeros(shape, float), jnp.zeros((shape[0], context.num_classes), float), jnp.zeros(shape[:1], float),
+            jnp.bool_(False),
+        )  # fmt: skip
+
+    def look_again(flow: Flow, rest: Rest, state: Last, context: Context):
+        mine = lambda x: own_share(x, context.axis_name)
+        _, end = rest.flow(mine(state.inputs).astype(flow.value.dtype))
+        last = end.trace["logits"], mine(state.targets), mine(state.weights), state.there
+        kept = lambda new, old: gather(jax.lax.stop_gradient(new), context.axis_name).astype(old.dtype)
+        state = Last(
+            kept(flow.value, state.inputs), kept(flow.targets, state.targets), kept(flow.weights, state.weights),
+            jnp.ones_like(state.there),
+        )  # fmt: skip
+        # A pass that trains the network: three units of work, where an inner evaluation has two.
+        return flow._replace(extra={**flow.extra, _LAST: last}), state, {"inner_evaluations": jnp.float32(1.5)}
+
+    def init_logits(context: Context) -> jax.Array:
+        return jnp.zeros((context.batch_size, context.num_classes), float)
+
+    def compare(flow: Flow, rest: Rest, state: jax.Array, context: Context):
+        if _LAST not in flow.extra:  # inside the second pass, or another link's search
+            return flow, state, {}
+        now, targets, weights, there = flow.extra[_LAST]
+        then = own_share(state, context.axis_name).astype(now.dtype)
+        taught = distillation(now, then, temperature=temperature)
+        cross_entropy = -jnp.sum(targets.astype(now.dtype) * jax.nn.log_softmax(now), axis=-1)
+        paid = weights.astype(now.dtype) * (cross_entropy / 2 + jnp.asarray(weight, now.dtype) * taught)
+        state = gather(jax.lax.stop_gradient(flow.value), context.axis_name).astype(state.dtype)
+        flow = flow._replace(
+            penalty=flow.penalty + jnp.where(there, paid, 0).astype(flow.penalty.dtype),
+            weights=flow.weights * jnp.where(there, 0.5, 1.0).astype(flow.weights.dtype),
+        )
+        return flow, state, {"distillation": jnp.where(there, jnp.mean(taught), 0)}
+
+    return Perturbation("input", init_inputs, look_again, search=True), Perturbation("logits", init_logits, compare)

@@ -1,0 +1,77 @@
+"""Tables with one row per training sample, found by its position in the data set: what a method remembers of every sample.
+
+A table is state, so it is checkpointed and restored with the run. In per-device code every device holds the whole table and sees a
+share of the batch: rows are gathered over devices before they are written, so that all copies stay the same.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from perturbjax.checks import is_traced
+from perturbjax.classes import AxisName
+from perturbjax.core import Context
+
+
+def new_table(function: str, setting: str, context: Context, shape: tuple[int, ...] = (), dtype: Any = float) -> jax.Array:
+    """Zeros, one row of `shape` per training sample: [N, *shape]. `setting` is what asks for it, for the message.
+
+    Raises:
+      ValueError: the number of training samples is not known.
+    """
+    if context.num_examples is None:
+        raise ValueError(
+            f"{function} needs num_examples for {setting}, got none. Pass pj.objective(..., num_examples=len(labels)), and each "
+            "batch's positions in the data set: pj.batch(inputs, labels, index=index)."
+        )
+    return jnp.zeros((context.num_examples, *shape), dtype)
+
+
+def check_index(function: str, index: Any, num_examples: int) -> None:
+    """Raises ValueError unless `index` [B] lies within the table: says the first offender's place and value (host only)."""
+    if is_traced(index):
+        return
+    array = np.asarray(index)
+    bad = np.flatnonzero((array < 0) | (array >= num_examples))
+    if bad.size:
+        raise ValueError(
+            f"{function} needs indices in 0..{num_examples - 1}, got {array[bad[0]]} at position {bad[0]} of the batch. "
+            f"Pass num_examples={int(array.max()) + 1}, the size of the whole training set."
+        )
+
+
+def read(function: str, table: jax.Array, index: jax.Array) -> jax.Array:
+    """The rows of the samples `index` [B]: [B, ...].
+
+    A position beyond the table is an error where it can be seen; inside jit it gives nan (False, 0), never another sample's row.
+    """
+    check_index(function, index, table.shape[0])
+    fill = jnp.nan if jnp.issubdtype(table.dtype, jnp.floating) else 0
+    return table.at[index].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
+
+
+def write(table: jax.Array, index: jax.Array, rows: jax.Array, *, axis_name: AxisName = None) -> jax.Array:
+    """The table with the rows [B, ...] of the samples `index` [B] replaced; positions beyond it are left out."""
+    index, rows = gather(index, axis_name), gather(rows, axis_name)
+    return table.at[index].set(rows.astype(table.dtype), mode="drop", wrap_negative_indices=False)
+
+
+def add(table: jax.Array, index: jax.Array, rows: jax.Array, *, axis_name: AxisName = None) -> jax.Array:
+    """The table with `rows` [B, ...] added to those of the samples `index` [B]; a sample that occurs twice is added twice."""
+    index, rows = gather(index, axis_name), gather(rows, axis_name)
+    return table.at[index].add(rows.astype(table.dtype), mode="drop", wrap_negative_indices=False)
+
+
+def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """All devices' shares [B, ...], one after the other; x itself without an axis."""
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+
+
+def own_share(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """This device's share of what `gather` returned; x itself without an axis."""
+    if axis_name is None:
+        return x
+    size = x.shape[0] // jax.lax.axis_size(axis_name)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * size, size)

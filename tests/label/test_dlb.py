@@ -1,0 +1,91 @@
+"""perturbjax.label.dlb: three steps in numpy, the first of which is plain, the gradient through both passes, and BatchNorm."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import perturbjax as pj
+from tests.label.problem import B, C, D, batches, losses, numeric_gradient, run, softmax, weights
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def kl(u, then, t):
+    p, q = softmax(then / t), softmax(u / t)
+    return (p * np.log(p / q)).sum(1)
+
+
+def test_three_steps_in_numpy():
+    """½CE(new) + ½CE(last) + αT²·KL(then ‖ now), the weights moving in between, as training does."""
+    link, states, w = pj.dlb(weight=0.7, temperature=3.0), None, weights()
+    last = None
+    for x, y, _ in batches(3):
+        out, grad = run(w, x, y, link, states=states)
+        states = out.states
+
+        def loss(w, x=x, y=y, last=last):
+            new = losses(x @ w, np.eye(C)[y]).mean()
+            if last is None:
+                return new
+            then_x, then_y, then = last
+            again = losses(then_x @ w, np.eye(C)[then_y]).mean() / 2
+            return new / 2 + again + 0.7 * 9 * kl(then_x @ w, then, 3.0).mean()
+
+        np.testing.assert_allclose(out.losses.mean(), loss(w), rtol=1e-9)
+        np.testing.assert_allclose(grad, numeric_gradient(loss, w), atol=1e-7)
+        last = x, y, x @ w
+        w = w - 0.5 * np.asarray(grad)
+
+
+def test_the_first_step_is_plain():
+    (x, y, _), w = next(batches(1)), weights()
+    (out, grad), (plain, expected) = run(w, x, y, pj.dlb()), run(w, x, y, ())
+    np.testing.assert_allclose(out.losses, plain.losses, rtol=1e-12)
+    np.testing.assert_allclose(grad, expected, rtol=1e-10)
+    assert out.metrics["dlb/distillation"] == 0
+
+
+def test_distillation_is_zero_for_the_same_logits_and_its_teacher_is_a_constant():
+    u, then = jnp.asarray(weights()), jnp.asarray(weights(2))
+    np.testing.assert_allclose(pj.distillation(u, u, temperature=2.0), 0, atol=1e-12)
+    np.testing.assert_allclose(
+        pj.distillation(u, then, temperature=2.0), 4 * kl(np.asarray(u), np.asarray(then), 2.0), rtol=1e-9
+    )
+    teacher = jax.grad(lambda then: pj.distillation(u, then).sum())(then)
+    np.testing.assert_array_equal(teacher, 0)
+
+
+def test_sample_weights_belong_to_their_batch():
+    (x, y, _), (x2, y2, _) = batches(2)
+    w, heavy = weights(), jnp.arange(1.0, B + 1)
+    out, _ = run(w, x, y, pj.dlb(weight=0.0), weights=heavy)
+    out, _ = run(w, x2, y2, pj.dlb(weight=0.0), states=out.states)
+    expected = losses(x2 @ w, np.eye(C)[y2]).mean() / 2 + (np.arange(1, B + 1) * losses(x @ w, np.eye(C)[y])).mean() / 2
+    np.testing.assert_allclose(out.losses.mean(), expected, rtol=1e-9)
+
+
+def test_running_statistics_are_those_of_the_new_batch():
+    """BatchNorm: the second pass uses its own batch's statistics and leaves the running ones alone."""
+
+    def features(w, x, stats, *, train, key):
+        return x - x.mean(0)[None], 0.9 * stats + 0.1 * jax.lax.stop_gradient(x.mean(0))
+
+    line = pj.line({"features": features, "logits": lambda w, a, stats, **_: (a @ w, stats)}, stateful=True)
+    made, w = pj.objective(line, pj.dlb(), num_classes=C), jnp.asarray(weights())
+    states, stats, expected = made.init(w, jnp.zeros([B, D]), stats=jnp.zeros(D)), jnp.zeros(D), np.zeros(D)
+    for x, y, _ in batches(3):
+        _, out = made(w, states, pj.batch(jnp.asarray(x), jnp.asarray(y)), stats=stats)
+        states, stats, expected = out.states, out.stats, 0.9 * expected + 0.1 * x.mean(0)
+    np.testing.assert_allclose(stats, expected, rtol=1e-9)
+
+
+def test_errors_say_what_was_given():
+    with pytest.raises(ValueError, match="dlb needs temperature > 0, got 0"):
+        pj.dlb(temperature=0)
+    with pytest.raises(ValueError, match="dlb needs weight >= 0, got -1"):
+        pj.dlb(weight=-1)
