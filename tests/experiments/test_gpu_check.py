@@ -129,8 +129,12 @@ def stepper(tmp_path_factory):
 def test_a_step_runs_on_the_device_it_is_given_and_leaves_its_state_alone(stepper, monkeypatch):
     host = stepper.start(0)
     kept, placed = jax.tree.map(np.copy, host), []
-    spy = lambda state: placed.append({d for x in jax.tree.leaves(state) for d in x.devices()}) or to_host(state)
     to_host = gpu_check.to_host
+
+    def spy(state):
+        placed.append({device for x in jax.tree.leaves(state) for device in x.devices()})
+        return to_host(state)
+
     monkeypatch.setattr(gpu_check, "to_host", spy)
     steps = [stepper(host, device) for device in (stepper.check.cpu, stepper.check.device)]
     assert placed == [{stepper.check.cpu}, {stepper.check.device}] and stepper.check.cpu != stepper.check.device
@@ -150,6 +154,12 @@ def test_seeds_side_by_side_are_the_seeds_one_by_one(stepper):
     for found, host in zip(stepper.side_by_side(hosts, stepper.check.device), hosts, strict=True):
         differences = gpu_check.differences(found, stepper(host, stepper.check.cpu))
         assert max(differences.values()) < 1e-4
+
+
+def test_a_method_without_defaults_is_skipped_with_the_reason(tmp_path):
+    check, typed = check_at(tmp_path), "weighting(weights=[1, 2])"
+    found = gpu_check.compare_steps(check, gpu_check.patches(check.sizes), shared.parse_methods(typed)[typed], False)
+    assert len(found["skipped"]) == 2 and "needs 10 weights, got 2" in found["skipped"][0]
 
 
 # Verdicts -----------------------------------------------------------------------------------------------------------------

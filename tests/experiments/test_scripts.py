@@ -66,7 +66,10 @@ def test_train_gives_the_numbers_that_compare_gives_for_this_seed(compared, tmp_
     assert entry["cost_ratio"] is None
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in shared.CONFIGS.glob("*.py")))
+CONFIGS = sorted(path.stem for path in shared.CONFIGS.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", [c if c == "small_longtail" else pytest.param(c, marks=pytest.mark.slow) for c in CONFIGS])
 def test_every_config_runs_in_its_small_version(name, tmp_path):
     settings = shared.read_config(name)
     compare.main(["--config", name, "--smoke", "--out", str(tmp_path)])

@@ -14,6 +14,7 @@ from perturbjax.training.devices import from_host, to_host
 from tests.training.problem import NUMBERS, dataset, recipe
 
 pytestmark = pytest.mark.optax_promotes  # schedules
+SLOW = pytest.mark.slow
 
 
 def chained(numbers):
@@ -48,7 +49,9 @@ def alone():
     return {model: trained(model=model) for model in ("mlp", "cnn")}
 
 
-@pytest.mark.parametrize(("model", "count"), [("mlp", 2), ("mlp", 4), ("mlp", 8), ("cnn", 4)])
+@pytest.mark.parametrize(
+    ("model", "count"), [pytest.param("mlp", 2, marks=SLOW), ("mlp", 8), pytest.param("mlp", 4, marks=SLOW), ("cnn", 4)]
+)
 def test_any_number_of_devices_gives_the_numbers_of_one_batch_norm_included(alone, model, count):
     assert_same(trained(model=model, devices=Devices(count)), alone[model])
 
@@ -72,7 +75,9 @@ def test_streamed_images_give_the_same_run_bit_for_bit(alone):
     assert_same(trained(without_mixing, devices=Devices(4, "pmap"), stream=True), trained(without_mixing))
 
 
-@pytest.mark.parametrize("options", [{}, dict(devices=4), dict(stream=True)], ids=["one device", "four", "streamed"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(devices=4), pytest.param(dict(stream=True), marks=SLOW)], ids=["one device", "four", "streamed"]
+)
 def test_runs_side_by_side_are_the_runs_one_by_one(options):
     """Seeds and settings at once, each with its own subset of the data."""
     r = recipe(chained, batch_size=12)

@@ -209,7 +209,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("together", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_divergence_names_the_step_the_link_and_the_value(tmp_path, case, together):
     build, numbers, message = CASES[case]
     runs = [Run(dataset(), NUMBERS | numbers, s) for s in range(1 + together)]
