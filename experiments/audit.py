@@ -34,7 +34,7 @@ from sklearn.model_selection import StratifiedKFold
 from experiments import shared
 from perturbjax.analysis import audit
 from perturbjax.analysis.dynamics import dynamics, mean_dynamics, sample_signals
-from perturbjax.data import Dataset
+from perturbjax.data import Dataset, pack
 from perturbjax.data.dataset import take
 from perturbjax.training import History, Recipe, RunFolder, cost_ratios, device_data, fit, init_state
 from perturbjax.training.checkpoint import Checkpoints
@@ -295,9 +295,14 @@ def write_cleaned(path: pathlib.Path, dataset: Dataset, flagged, suggestion, *, 
     for c in np.flatnonzero(empty):  # a class that would vanish keeps its samples: a person has to look
         kept |= dataset.train_labels == c
     labels = np.where(flagged, suggestion, dataset.train_labels) if relabel else dataset.train_labels
+    if dataset.tokenizer is None:
+        samples = {"train_images": dataset.train_images[kept], "test_images": dataset.test_images}
+    else:
+        samples = dict(zip(("train_text", "train_text_offsets"), pack(dataset.train_texts[kept])))
+        samples |= dict(zip(("test_text", "test_text_offsets"), pack(dataset.test_texts)))
     np.savez_compressed(
-        path, train_images=dataset.train_images[kept], train_labels=labels[kept], train_index=dataset.train_index[kept],
-        test_images=dataset.test_images, test_labels=dataset.test_labels, class_names=np.array(dataset.class_names, dtype=str),
+        path, **samples, train_labels=labels[kept], train_index=dataset.train_index[kept],
+        test_labels=dataset.test_labels, class_names=np.array(dataset.class_names, dtype=str),
     )  # fmt: skip
 
 
@@ -310,7 +315,7 @@ def sheet(dataset: Dataset, order, score, flagged, suggestion) -> str:
         if dataset.flipped.any():
             truth = f"<br>true: {names[dataset.true_labels[i]]}{' ✗' if dataset.flipped[i] else ' ✓'}"
         cards.append(
-            f'<figure class="{"flagged" if flagged[i] else ""}">{preview(dataset, i)}<figcaption>#{int(dataset.train_index[i])}<br>'
+            f'<figure class="{"flagged " * int(flagged[i])}{dataset.kind}">{preview(dataset, i)}<figcaption>#{int(dataset.train_index[i])}<br>'
             f"given: <b>{names[dataset.train_labels[i]]}</b><br>suggested: <b>{names[suggestion[i]]}</b>{truth}<br>"
             f"score {score[i]:.3f}</figcaption></figure>"
         )
@@ -319,7 +324,7 @@ def sheet(dataset: Dataset, order, score, flagged, suggestion) -> str:
         "body{font:14px system-ui,sans-serif;margin:2rem;color:#222}main{display:flex;flex-wrap:wrap;gap:.75rem}"
         "figure{margin:0;padding:.5rem;width:9.5rem;border:1px solid #ccc;border-radius:6px}figure.flagged{border-color:#b3261e;"
         "box-shadow:inset 0 0 0 1px #b3261e}img{width:100%;image-rendering:pixelated;display:block}figcaption{font-size:12px;"
-        "line-height:1.35;margin-top:.4rem;overflow-wrap:anywhere}.text{width:22rem}"
+        "line-height:1.35;margin-top:.4rem;overflow-wrap:anywhere}.texts{width:22rem}"
     )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head><body>'
@@ -329,8 +334,14 @@ def sheet(dataset: Dataset, order, score, flagged, suggestion) -> str:
     )
 
 
+EXCERPT = 600  # characters of a text on the sheet
+
+
 def preview(dataset: Dataset, i: int) -> str:
     """A sample as HTML."""
+    if dataset.tokenizer is not None:
+        text = str(dataset.train_texts[i])
+        return f"<div>{html.escape(text if len(text) <= EXCERPT else text[:EXCERPT] + ' …')}</div>"
     from PIL import Image
 
     image = np.asarray(dataset.train_images[i])

@@ -25,7 +25,8 @@ from perturbjax import spec, taxonomy
 from perturbjax.analysis import evaluate, load_results, mean_by_class, relative_loss_variation, summary
 from perturbjax.checks import check_number, nearest
 from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load
-from perturbjax.models import create
+from perturbjax.data.text import Tokenizer, read_vectors
+from perturbjax.models import bert_fields, create, load_bert, with_vectors
 from perturbjax.training import (
     Devices,
     History,
@@ -50,22 +51,34 @@ class Settings:
     """Flags that every script has."""
 
     data: str = "digits"
-    """digits (ships with scikit-learn), an .npz file, a folder of images, cifar10, cifar100 or the authors' binary archive, tfds:NAME."""
+    """digits (ships with scikit-learn), an .npz file, a folder of images, cifar10, cifar100 or the authors' binary archive, tfds:NAME;
+    texts: a .csv or .jsonl, a folder with a file per class, an .npz."""
     view: str = "longtail(50)"
     """What is made of the data, seeded; + chains, none: as is. longtail(ratio), noise(kind, rate), labels(FILE, KEY),
     leave_out(domain), drop_duplicates, validation(share), thin(per_class), shrink(size)."""
     image_size: int | None = None
     """Edge to which the images of a folder are resized and cropped."""
+    text_length: int | None = None
+    """Words of a text that are read; if not given: those of the longest training text, at most 200."""
+    vocabulary: str | None = None
+    """A BERT's vocab.txt; if not given, the words of the training texts are the vocabulary."""
+    vocabulary_size: int | None = None
+    """Words of that vocabulary, at most; 25,000 if not given."""
     model: str = "mlp"
-    """mlp, cnn, resnet8/20/32/44/56/110, wrn16-8, wrn28-10."""
+    """mlp, cnn, resnet8/20/32/44/56/110, wrn16-8, wrn28-10; of texts bilstm, bert-base, which bring the taxonomy
+    paper's protocol for texts along: view, epochs, optimiser and schedule below."""
     width: int | None = None
     """Channels of the model's first layer; the model's own if not given."""
     head: str | None = None
     """linear or cosine; if not given, cosine for the methods that need it (LDAM, ArcFace, ...) and linear for the others."""
     abstain: bool = False
     """One more output of the model, for abstention; methods that need it (dac) get it anyway."""
-    dropout: float = 0.0
-    """Dropout rate inside the model's stages."""
+    dropout: float | None = None
+    """Dropout rate inside the model's stages; the model's own (images 0, bilstm 0.5, bert-base 0.1) if not given."""
+    vectors: str | None = None
+    """A file of word vectors in GloVe's form, for the bilstm to start from."""
+    weights: str | None = None
+    """A .safetensors file of public weights, for bert-base to start from."""
     bfloat16: bool = False
     """Compute the layers in bfloat16; parameters, logits and losses stay float32."""
     remat: bool = False
@@ -79,13 +92,15 @@ class Settings:
     accumulate: int = 1
     """Steps whose gradients are averaged for one update."""
     learning_rate: float = 0.1
-    """Base learning rate of SGD."""
+    """Base learning rate."""
+    optimizer: str = "sgd"
+    """sgd, adam or adamw (for texts, with a learning rate about 1e-3)."""
     momentum: float = 0.9
-    """Momentum; 0 switches it off."""
+    """Momentum; 0 switches it off. Of adam and adamw: β₁."""
     nesterov: bool = False
     """Nesterov momentum."""
     weight_decay: float = 5e-4
-    """Coupled weight decay, on all parameters."""
+    """Weight decay on all parameters; coupled, but for adamw."""
     schedule: str = "cosine"
     """cosine (to zero), step or constant, after the warm-up."""
     warmup_epochs: float = 1.0
@@ -130,6 +145,15 @@ class Settings:
     """Number of this process, from 0."""
 
 
+MODEL_FLAGS: dict[str, dict[str, Any]] = {
+    model: dict(
+        view="none", epochs=6, optimizer="adamw", learning_rate=rate, weight_decay=0.01, schedule="constant", warmup_epochs=0.0
+    )
+    for model, rate in {"bilstm": 1e-3, "bert-base": 2e-5}.items()
+}
+"""Flags that a model sets where nothing is said: of texts, the taxonomy paper's protocol (AdamW with its usual decay, batch 64)."""
+
+
 RUNTIME = (
     "out", "plugin", "devices", "parallel", "stream", "steps_per_call", "checkpoint_seconds", "log_every", "tensorboard", "coordinator",
     "num_processes", "process_id", "cost_rounds", "vmapped",
@@ -165,6 +189,8 @@ def first_flags(argv: Sequence[str], settings: type, epilogue: str) -> Any:
         defaults = chosen
     elif smoke:
         raise ValueError("--smoke needs a config, got none. Write --config small_longtail --smoke.")
+    model = (value_of(argv, "--model") or [defaults.get("model")])[-1]
+    defaults = MODEL_FLAGS.get(model, {}) | defaults
     typed = value_of(argv, "--recipe")
     if named := (typed or [defaults.get("recipe")])[-1]:
         flags = flags_of_recipe(named, (value_of(argv, "--epochs") or [defaults.get("epochs")])[-1])
@@ -336,13 +362,15 @@ def load_view(settings: Settings, seed: int) -> Dataset:
     if settings.view.strip() not in ("", "none"):
         chain = spec.resolve(spec.parse_chain(settings.view), VIEWS)
         views = tuple(VIEWS[call.name](**dict(call.kwargs)) for call in chain)
-    return check_duplicates(check(apply_views(source(settings.data, settings.image_size), views, seed)))
+    form = {"text_length": settings.text_length, "vocabulary": settings.vocabulary, "vocabulary_size": settings.vocabulary_size}
+    found = source(settings.data, settings.image_size, **form)
+    return check_duplicates(check(apply_views(found, views, seed)))
 
 
 @functools.cache
-def source(name: str, image_size: int | None = None) -> Dataset:
+def source(name: str, image_size: int | None = None, **form: Any) -> Dataset:
     """The data set without views, read once."""
-    return load(name, image_size=image_size)
+    return load(name, image_size=image_size, **form)
 
 
 def print_notes(dataset: Dataset, console: Console) -> None:
@@ -352,32 +380,67 @@ def print_notes(dataset: Dataset, console: Console) -> None:
 
 
 @functools.cache
-def channel_stats(settings: Settings) -> tuple:
+def channel_stats(settings: Settings) -> tuple | None:
     """Channel means and deviations of the view drawn with seed 0: one normalisation, hence one compiled step, for all seeds."""
-    return load_view(settings, 0).channel_stats()
+    dataset = load_view(settings, 0)
+    return dataset.channel_stats() if dataset.tokenizer is None else None
 
 
 def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tuple | None = None) -> Recipe:
     """The static part of a run. stats: means and deviations of the channels; None: the data set's own."""
-    mean, std = stats or dataset.channel_stats()
-    std = tuple(s if s > 0 else 1.0 for s in std)  # a constant channel stays constant
+    own, initial = pretrained(settings, dataset)
+    if dataset.tokenizer is None:
+        mean, std = stats or dataset.channel_stats()
+        own |= {"mean": mean, "std": tuple(s if s > 0 else 1.0 for s in std)}  # a constant channel stays constant
+    else:
+        own |= {"vocabulary_size": len(dataset.tokenizer.words)}
     model = create(
-        settings.model, num_classes=dataset.num_classes, mean=mean, std=std, width=settings.width,
+        settings.model, num_classes=dataset.num_classes, width=settings.width,
         head=settings.head or getattr(method, "head", "linear"), dropout=settings.dropout,
         dtype=jnp.bfloat16 if settings.bfloat16 else jnp.float32, remat=settings.remat,
-        abstain=settings.abstain or getattr(method, "abstain", False),
+        abstain=settings.abstain or getattr(method, "abstain", False), **own,
     )  # fmt: skip
     return Recipe(
         model=model, build=method, num_classes=dataset.num_classes, num_examples=len(dataset.train_labels),
         batch_size=settings.batch_size, epochs=settings.epochs,
         schedule=Schedule(settings.schedule, settings.warmup_epochs, settings.milestones, settings.decay),
-        momentum=settings.momentum > 0, nesterov=settings.nesterov, augmentation=augmentation(settings, dataset, mean),
-        accumulate=settings.accumulate,
+        momentum=settings.momentum > 0, nesterov=settings.nesterov, augmentation=augmentation(settings, dataset, own.get("mean")),
+        accumulate=settings.accumulate, optimizer=settings.optimizer, initial=initial,
     )  # fmt: skip
 
 
-def augmentation(settings: Settings, dataset: Dataset, mean: tuple[float, ...]) -> Augmentation:
+def pretrained(settings: Settings, dataset: Dataset) -> tuple[dict[str, Any], Callable | None]:
+    """(the model's fields that public weights or word vectors fix, initial parameters -> those with these in place)."""
+    for flag, needed in (("vectors", "bilstm"), ("weights", "bert-base")):
+        if getattr(settings, flag) is not None and (settings.model != needed or dataset.tokenizer is None):
+            raise ValueError(
+                f"--{flag} needs texts and --model {needed}, got {dataset.kind} and {settings.model}. Leave it out."
+            )
+    if settings.vectors is not None:
+        vectors, found = word_vectors(settings.vectors, dataset.tokenizer)
+        return {"embedding": vectors.shape[1]}, functools.partial(with_vectors, vectors=vectors, found=found)
+    if settings.weights is not None:
+        fields = bert_fields(settings.weights)
+        if settings.vocabulary is None or fields.pop("vocabulary_size") != len(dataset.tokenizer.words):
+            raise ValueError(
+                f"--weights needs --vocabulary with the vocab.txt that belongs to them, got {settings.vocabulary}."
+            )
+        return fields, functools.partial(load_bert, settings.weights)
+    return {}, None
+
+
+@functools.lru_cache(maxsize=1)
+def word_vectors(file: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of the vocabulary, read once."""
+    return read_vectors(file, tokenizer.words)
+
+
+def augmentation(settings: Settings, dataset: Dataset, mean: tuple[float, ...] | None) -> Augmentation:
     """What the flags ask for; crops and flips are for colour images if nothing is said. Cutout leaves the channels' means."""
+    if dataset.tokenizer is not None:
+        if settings.augment or settings.pad or settings.flip or settings.cutout or settings.randaugment:
+            raise ValueError("--augment, --pad, --flip, --cutout and --randaugment need images, got texts. Leave them out.")
+        return Augmentation()
     usual = dataset.image_shape[-1] == 3 if settings.augment is None else settings.augment
     pad = max(1, dataset.image_shape[0] // 8) if usual else 0
     cutout = (

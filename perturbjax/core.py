@@ -165,12 +165,14 @@ class Objective:
 
     def init(self, variables: Any, inputs: jax.Array, *, stats: Any = None) -> tuple:
         """States of all links, for a batch like `inputs` [B, ...] (only shape and dtype matter)."""
-        shapes = {"input": tuple(inputs.shape)}
+        shapes, options = {"input": tuple(inputs.shape)}, {}
+        if self.line.side is not None:
+            options = {"side": jax.eval_shape(self.line.side, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype))}
         value: Any = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
         for start, stop in zip(self.line.sites, self.line.sites[1:], strict=False):
             value, _ = jax.eval_shape(
-                lambda v, x, s, start=start, stop=stop: self.line.slice(v, x, start, stop, stats=s, train=False, key=None),
-                variables, value, stats,
+                lambda v, x, s, o, start=start, stop=stop: self.line.slice(v, x, start, stop, stats=s, train=False, key=None, **o),
+                variables, value, stats, options,
             )  # fmt: skip
             shapes[stop] = tuple(value.shape)
         if shapes["logits"] != (inputs.shape[0], self.context.num_classes):
@@ -220,7 +222,7 @@ class Objective:
             targets=jnp.asarray(targets, dtype),
             weights=weight(data.weights) * weight(weights),
             index=jnp.arange(count, dtype=jnp.int32) if data.index is None else data.index,
-            side=data.side,
+            side=data.side if self.line.side is None else {**data.side, **self.line.side(inputs)},
             trace={},
             extra={},
             penalty=jnp.zeros([count], dtype),
@@ -356,8 +358,9 @@ class _Pass:
         if site == "loss":
             return flow._replace(value=-jnp.sum(flow.targets * flow.trace["prediction"], axis=-1))
         model_key = jax.random.fold_in(key, _MODEL_STREAM)
+        options = {} if self.line.side is None else {"side": flow.side}
         value, stats = self.line.slice(
-            self.context.variables, flow.value, before, site, stats=flow.stats, train=self.train, key=model_key
+            self.context.variables, flow.value, before, site, stats=flow.stats, train=self.train, key=model_key, **options
         )
         return flow._replace(value=wide(value) if site == "logits" else value, stats=stats)
 

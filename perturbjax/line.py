@@ -30,9 +30,15 @@ class Line:
     """variables -> (W [C, d], b [C]) of the last linear layer; None if unknown."""
     scale: float | None = None
     """s, if the logits are cosines times s (a cosine head); None: they are not, or it is unknown."""
+    side: Callable[[jax.Array], Mapping[str, jax.Array]] | None = None
+    """inputs -> what the slices need of them beside the value, by name, each [B, ...] (of texts: the mask of the words), which `slice`
+    then takes as `side=`; None: nothing."""
 
     def site(self, name: str) -> str:
-        """The site's own name: itself, or the last stage for "last_stage". Raises ValueError for an unknown one."""
+        """The site's own name: itself, or the last stage for "last_stage"; of texts, whose input is whole numbers, "embedding" for
+        "input". Raises ValueError for an unknown one."""
+        if name == "input" and "embedding" in self.sites:
+            return "embedding"
         if name == "last_stage":
             stages = [s for s in self.sites if s.startswith("stage")]
             if not stages:
@@ -107,10 +113,11 @@ def line(
 
 
 def _from_module(module: Any) -> Line:
-    def run_slice(variables, value, start, stop, *, stats=None, train=True, key=None):
+    def run_slice(variables, value, start, stop, *, stats=None, train=True, key=None, side=None):
         collections = {"params": variables, **({"batch_stats": stats} if stats else {})}
         rngs = None if key is None else {"dropout": key}
         options = dict(train=train, start=start, stop=stop)
+        options |= {name: side[name] for name in getattr(module, "takes", ())}
         if not (train and stats):
             return module.apply(collections, value, rngs=rngs, **options), stats
         # Every slice returns the whole collection, its own part updated: so it goes into the next slice as it is.
@@ -119,4 +126,5 @@ def _from_module(module: Any) -> Line:
 
     cosine = getattr(module, "head", None) == "cosine"
     head = module.head_of if hasattr(module, "head_of") and not cosine else None
-    return Line(tuple(module.sites), run_slice, head, module.scale if cosine else None)
+    side = getattr(module, "side_of", None)
+    return Line(tuple(module.sites), run_slice, head, module.scale if cosine else None, side)

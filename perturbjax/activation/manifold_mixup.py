@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
-from perturbjax.feature.mixup import draw_mixing, mix
+from perturbjax.feature.mixup import draw_mixing, mix, mix_side
 
 _DRAW = "manifold_mixup"  # in flow.extra: the batch's site, λ and pairs, drawn for all by the link that comes first
 
@@ -43,7 +43,11 @@ def manifold_mixup(
                 flow = flow._replace(extra={**flow.extra, _DRAW: drawn})
             chosen, weight, partner = flow.extra[_DRAW]
             here = jnp.where(chosen == number, weight, 1)  # λ = 1 leaves this site alone
-            mixed = flow._replace(value=mix(flow.value, here, partner), targets=mix(flow.targets, here, partner))
+            mixed = flow._replace(
+                value=mix(flow.value, here, partner),
+                targets=mix(flow.targets, here, partner),
+                side=mix_side(flow.side, here, partner),
+            )
             return mixed, state, {}
 
         return Perturbation(site, lambda context: (), apply)

@@ -5,6 +5,7 @@ from perturbjax.data.batches import epoch_order, evaluation_batches
 from perturbjax.data.dataset import Dataset, check
 from perturbjax.data.duplicates import check_duplicates
 from perturbjax.data.sources import SOURCES, load
+from perturbjax.data.text import Tokenizer, build_words, pack, read_pieces, read_vectors, unpack
 from perturbjax.data.views import (
     VIEWS,
     Seed,
@@ -27,9 +28,11 @@ __all__ = [
     "Augmentation",
     "Dataset",
     "Seed",
+    "Tokenizer",
     "View",
     "apply_views",
     "augment",
+    "build_words",
     "check",
     "check_duplicates",
     "drop_duplicates",
@@ -41,7 +44,11 @@ __all__ = [
     "longtail",
     "longtail_counts",
     "noise",
+    "pack",
+    "read_pieces",
+    "read_vectors",
     "shrink",
     "thin",
+    "unpack",
     "validation",
 ]

@@ -1,18 +1,23 @@
 """A data set as arrays on the host, and the checks that it passes before anything is trained on it."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Iterator
 
 import numpy as np
 
+from perturbjax.data.text import Tokenizer
+
 BLOCK, BLOCK_VALUES = 1024, 2**22  # images, and pixel values, worked on at a time: nothing needs a copy of a large set
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """Images, labels and what is known about them. Views return changed copies; nothing is changed in place.
+    """Images or texts, labels and what is known about them. Views return changed copies; nothing is changed in place.
+
+    Texts stand where images do, as tokens [N, L] int32: the numbers of their words in `tokenizer`, 0 where there is none.
 
     `check` turns arrays of the usual forms into the ones described here; `load` does so for you.
 
@@ -22,7 +27,7 @@ class Dataset:
     """
 
     name: str
-    train_images: np.ndarray  # [N, H, W, channels], uint8, or float32 in [0, 1] where the source is float
+    train_images: np.ndarray  # [N, H, W, channels], uint8, or float32 in [0, 1] where the source is float; or tokens [N, L]
     train_labels: np.ndarray  # [N] int32 in 0..C-1, what is trained on
     test_images: np.ndarray  # [M, H, W, channels], dtype of train_images
     test_labels: np.ndarray  # [M] int32
@@ -37,6 +42,10 @@ class Dataset:
     views: tuple[str, ...] = ()  # what was applied to the source, in order, with seeds
     notes: tuple[str, ...] = ()  # what a reader of the results should know: one sentence each
     source_size: int | None = None  # how many samples train_index counts, itself in 0..source_size-1; None: not known
+    tokenizer: Tokenizer | None = None  # of texts; None: these are images
+    train_texts: np.ndarray | None = None  # [N] str (dtype object), as in the source, whole
+    test_texts: np.ndarray | None = None  # [M] str
+    validation_texts: np.ndarray | None = None  # [V] str
 
     def __post_init__(self):
         if self.true_labels is None:
@@ -50,10 +59,15 @@ class Dataset:
         counts, shape = self.class_counts, "x".join(map(str, self.image_shape))
         held = "" if self.validation_labels is None else f", {len(self.validation_labels)} validation"
         return (
-            f"{self.name}: {len(self.train_labels)} training{held} and {len(self.test_labels)} test images of {shape} "
-            f"{self.train_images.dtype}, {self.num_classes} classes of {counts.min()} to {counts.max()}"
+            f"{self.name}: {len(self.train_labels)} training{held} and {len(self.test_labels)} test {self.kind} of {shape} "
+            f"{self.train_images.dtype if self.tokenizer is None else 'words'}, {self.num_classes} classes of {counts.min()} to {counts.max()}"
             + "".join(f"; {view}" for view in self.views)
         )
+
+    @property
+    def kind(self) -> str:
+        """ "images" or "texts"."""
+        return "images" if self.tokenizer is None else "texts"
 
     @property
     def num_classes(self) -> int:
@@ -66,7 +80,7 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """(H, W, channels)."""
+        """(H, W, channels), or (L,) of texts."""
         return self.train_images.shape[1:]
 
     @property
@@ -88,6 +102,8 @@ class Dataset:
 
         A constant channel has standard deviation 0: guard the division when normalising.
         """
+        if self.tokenizer is not None:
+            raise ValueError(f"channel_stats needs images, got {self.name}, which has texts. They are not normalised.")
         scale = 255.0 if self.train_images.dtype == np.uint8 else 1.0
         rows, channels = self.train_images.reshape(len(self.train_images), -1), self.image_shape[-1]
         blocks = lambda: (rows[block].astype(np.float64) for block in in_blocks(rows))
@@ -102,11 +118,13 @@ def check(dataset: Dataset) -> Dataset:
     """The data set in its normal form (dtypes, channel axis, names), or a ValueError that says what to change.
 
     Accepts images [N, H, W] (a channel axis is added) or [N, H, W, channels], uint8 or any float in [0, 1]; labels of
-    any integer type, [N] or [N, 1]; class names of any kind, or none. Every class needs a training sample.
+    any integer type, [N] or [N, 1]; class names of any kind, or none. Every class needs a training sample. With a tokenizer,
+    texts: integers [N, L] in 0..V-1, none of them all padding.
     """
     d, of = dataset, f" of {dataset.name}"
-    train_images = as_images("train_images" + of, d.train_images)
-    test_images = as_images("test_images" + of, d.test_images)
+    as_inputs = as_images if d.tokenizer is None else functools.partial(as_tokens, size=len(d.tokenizer.words))
+    train_images = as_inputs("train_images" + of, d.train_images)
+    test_images = as_inputs("test_images" + of, d.test_images)
     same_images("test_images" + of, test_images, train_images)
     names = name_classes(d.class_names, np.asarray(d.train_labels), np.asarray(d.test_labels))
     labels = lambda key, values, length: as_labels(key + of, values, length, len(names))
@@ -132,9 +150,15 @@ def check(dataset: Dataset) -> Dataset:
         )
     extra = {}
     if d.validation_images is not None:
-        extra["validation_images"] = as_images("validation_images" + of, d.validation_images)
+        extra["validation_images"] = as_inputs("validation_images" + of, d.validation_images)
         same_images("validation_images" + of, extra["validation_images"], train_images)
         extra["validation_labels"] = labels("validation_labels", d.validation_labels, len(extra["validation_images"]))
+    for part, count in (("train", len(train_images)), ("test", len(test_images))):
+        texts = getattr(d, part + "_texts")
+        if texts is not None and len(texts) != count:
+            raise ValueError(
+                f"check needs {part}_texts{of} for each of the {count} rows of tokens, got {len(texts)}. Give both of the same samples."
+            )
     given = [np.asarray(v) for v in (d.train_domains, d.test_domains) if v is not None]
     if given:
         extra["domain_names"] = domains = name_classes(d.domain_names, *given)
@@ -216,6 +240,28 @@ def as_images(what: str, images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32, copy=False)
 
 
+def as_tokens(what: str, tokens: np.ndarray, *, size: int) -> np.ndarray:
+    """[N, L] int32 in 0..size-1, with a word in every row; `what` names the array in errors."""
+    tokens = np.asarray(tokens)
+    if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(
+            f"check needs {what} as integers [N, L], since there is a tokenizer, got {tokens.dtype} {list(tokens.shape)}. "
+            "Write tokenizer.rows(texts)."
+        )
+    if tokens.min() < 0 or tokens.max() >= size:
+        raise ValueError(
+            f"check needs {what} in 0..{size - 1}, the tokenizer's words, got {tokens.min()} to {tokens.max()}. "
+            "Take the tokenizer that made them."
+        )
+    empty = ~(tokens != 0).any(1)
+    if empty.any():
+        raise ValueError(
+            f"check needs a word in every row of {what}, got none in row {np.argmax(empty)} ({empty.sum()} such rows). "
+            "Drop these samples; tokenizer.rows writes an unknown word for an empty text."
+        )
+    return tokens.astype(np.int32)
+
+
 def same_images(what: str, images: np.ndarray, train_images: np.ndarray) -> None:
     """Raises unless the images have the training images' size, channels and dtype."""
     if images.shape[1:] != train_images.shape[1:] or images.dtype != train_images.dtype:
@@ -272,7 +318,7 @@ def in_blocks(images: np.ndarray) -> Iterator[slice]:
 
 def take(dataset: Dataset, positions: np.ndarray) -> Dataset:
     """The data set with only these training samples, in this order. positions: [K] integers in 0..N-1."""
-    keys = ("train_images", "train_labels", "true_labels", "train_index", "train_domains")
+    keys = ("train_images", "train_labels", "true_labels", "train_index", "train_domains", "train_texts")
     values = {key: getattr(dataset, key) for key in keys}
     return dataclasses.replace(dataset, **{k: v[positions] for k, v in values.items() if v is not None})
 

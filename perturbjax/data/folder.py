@@ -28,11 +28,11 @@ def read(folder: pathlib.Path, image_size: int | None) -> Dataset:
     name = folder.resolve().name
     files, ignored = _walk(folder, ())
     deep = _depth(folder, files) == 3
-    tops = _in_order({file[0] for file in files}) if deep else ()
+    tops = in_order({file[0] for file in files}) if deep else ()
     splits = {top: SPLITS[top.lower()] for top in tops if top.lower() in SPLITS}
     if splits:
         _check_splits(folder, tops, splits)
-    class_names = _in_order({file[-2] for file in files})
+    class_names = in_order({file[-2] for file in files})
     label_of, domain_of = ({name: n for n, name in enumerate(names)} for names in (class_names, tops))
     files.sort(key=lambda file: (domain_of.get(file[0], 0), label_of[file[-2]], file[-1]))
     labels = np.array([label_of[file[-2]] for file in files], np.int32)
@@ -49,7 +49,7 @@ def read(folder: pathlib.Path, image_size: int | None) -> Dataset:
         images = _read([folder.joinpath(*files[n]) for n in order], folder, image_size)
         return np.split(images, np.cumsum([len(part.items) for part in chosen])[:-1])  # views, of a map too
 
-    notes = [f"{name}: {_listed(ignored)} ignored."] if ignored else []
+    notes = [f"{name}: {listed(ignored)} ignored."] if ignored else []
     domain_names = () if splits else tops
     return check(from_parts(name, parts, pixels, class_names=class_names, domain_names=domain_names, notes=notes))
 
@@ -125,14 +125,15 @@ def _check_classes(folder: pathlib.Path, parts: dict[str, Part], class_names: tu
             )
 
 
-def _in_order(names: set[str]) -> tuple[str, ...]:
+def in_order(names: set[str]) -> tuple[str, ...]:
     """Whole numbers by value (2 before 10), anything else by its characters, as torchvision does."""
     if all(name.isascii() and name.isdecimal() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """How many files, and the first of them."""
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"{len(names)} file{'s' * (len(names) > 1)} ({shown})"
 

@@ -1,4 +1,4 @@
-"""An .npz file: a split set under this library's or Keras' names, or a single set."""
+"""An .npz file: a split set under this library's or Keras' names, or a single set; of images or of texts."""
 
 import pathlib
 import zipfile
@@ -6,19 +6,28 @@ import zlib
 
 import numpy as np
 
+from perturbjax.data import text_files
 from perturbjax.data.arrange import single
 from perturbjax.data.dataset import Dataset, check
 
 SPLIT = ("train_images", "train_labels", "test_images", "test_labels")
 KERAS = ("x_train", "y_train", "x_test", "y_test")
 SINGLE = ("images", "labels")
-FAMILIES = (SPLIT, KERAS, SINGLE)  # the first that an .npz file has in full is read
+SPLIT_TEXTS = ("train_text", "train_labels", "test_text", "test_labels")
+SINGLE_TEXTS = ("text", "labels")
+IMAGES, TEXTS = (SPLIT, KERAS, SINGLE), (SPLIT_TEXTS, SINGLE_TEXTS)
+FAMILIES = IMAGES + TEXTS  # the first that an .npz file has in full is read
 NAMES = ("class_names", "domain_names")
 EXTRAS = (*NAMES, "train_domains", "test_domains", "train_index", "validation_images", "validation_labels")
+OF_TEXTS = ("class_names", "train_index", "train_text_offsets", "test_text_offsets", "text_offsets")
 OPTIONAL = {SPLIT: EXTRAS, KERAS: EXTRAS, SINGLE: (*NAMES, "domains")}
+OPTIONAL |= {
+    SPLIT_TEXTS: (*OF_TEXTS, "validation_text", "validation_text_offsets", "validation_labels"),
+    SINGLE_TEXTS: OF_TEXTS,
+}
 
 
-def read(path: pathlib.Path) -> Dataset:
+def read(path: pathlib.Path, form: text_files.TextForm = text_files.TextForm()) -> Dataset:
     """The set in an .npz file that is there. See `load` for the keys."""
     with open(path, "rb") as stream:
         start = stream.read(4)
@@ -49,6 +58,10 @@ def read(path: pathlib.Path) -> Dataset:
     for key in NAMES:
         if key in values:
             values[key] = tuple(values[key].reshape(-1).tolist())
+    if family in TEXTS:
+        return text_files.read_arrays(path.stem, values, form)
+    if not form.default:
+        raise ValueError(f"load needs texts for text_length and vocabulary, got images in {str(path)!r}. Leave these out.")
     if family == SINGLE:
         return check(single(path.stem, **values))
     return check(Dataset(path.stem, *(values.pop(key) for key in family), **values))
@@ -57,15 +70,11 @@ def read(path: pathlib.Path) -> Dataset:
 def _missing(path: pathlib.Path, found: set[str]) -> str:
     """Why no family of keys fits: what is there, what is wanted."""
     shown = ", ".join(sorted(found)) or "no array at all"
-    if any(key.endswith(("text", "texts")) for key in found):
-        return (
-            f"load needs images, got text in {str(path)!r} (keys {shown}). "
-            'Text is not supported yet: give an .npz with train_images, or write load("digits").'
-        )
-    nearest = max(FAMILIES, key=lambda keys: len(found.intersection(keys)) / len(keys))
+    families = TEXTS if any(key.endswith(("text", "texts")) for key in found) else IMAGES
+    nearest = max(families, key=lambda keys: len(found.intersection(keys)) / len(keys))
     lacking = [key for key in nearest if key not in found]
     hint = "Rename the arrays" if len(lacking) == len(nearest) else f"Add {' and '.join(lacking)}"
     return (
-        f"load needs the keys {'; or '.join(', '.join(keys) for keys in FAMILIES)}, got {shown} in {str(path)!r}. "
+        f"load needs the keys {'; or '.join(', '.join(keys) for keys in families)}, got {shown} in {str(path)!r}. "
         f"{hint}: np.savez(path, {', '.join(f'{key}=...' for key in nearest)})."
     )

@@ -1,4 +1,4 @@
-"""From a name to a checked `Dataset`: scikit-learn's digits, CIFAR, a folder of images, a prepared TFDS set, an .npz file."""
+"""From a name to a checked `Dataset`: scikit-learn's digits, CIFAR, a folder of images, a prepared TFDS set, an .npz file, texts."""
 
 import difflib
 import functools
@@ -8,13 +8,22 @@ from collections.abc import Callable
 
 import numpy as np
 
-from perturbjax.data import cifar, folder, npz, tfds
+from perturbjax.data import cifar, folder, npz, text_files, tfds
 from perturbjax.data.arrange import single
 from perturbjax.data.dataset import Dataset, check
 from perturbjax.data.images import check_image_size
+from perturbjax.data.text import Tokenizer
 
 
-def load(name: str | os.PathLike, *, image_size: int | None = None) -> Dataset:
+def load(
+    name: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    text_length: int | None = None,
+    vocabulary: str | os.PathLike | Tokenizer | None = None,
+    vocabulary_size: int | None = None,
+    min_count: int | None = None,
+) -> Dataset:
     """The data set of that name, checked.
 
     Args:
@@ -34,8 +43,17 @@ def load(name: str | os.PathLike, *, image_size: int | None = None) -> Dataset:
           ~/.cache/perturbjax/data. Or the path of that archive or folder.
         - "tfds:NAME", "tfds:NAME/CONFIG", "tfds:NAME:VERSION": a set that tensorflow_datasets has prepared as array_record
           in $TFDS_DATA_DIR or ~/tensorflow_datasets; or "tfds:FOLDER", the prepared folder itself.
+        - Texts: a .csv or .jsonl (or .csv.xz, .jsonl.gz, ...) with a text and a label in every row, named so (or sentence, review,
+          content; class, category, sentiment, target), and a split (train, test, validation) if there is one; a folder with
+          train.csv and test.csv, or the like; a folder with a file per class, one text a line, FOLDER/class.txt or
+          FOLDER/train/class.txt; an .npz with train_text, train_labels, test_text, test_labels, or text and labels, the texts as
+          strings or as UTF-8 bytes beside ..._offsets. Labels in files are class names, numbered in their order.
       image_size: of folders and tfds sets: images are resized so that their shorter side has this many pixels, and the
         square in the middle is kept. None: they must all have one size.
+      text_length: of texts: words that are read of each. None: as many as the longest training text has, but at most 200.
+      vocabulary: of texts: a BERT's vocab.txt, whose word pieces the texts are cut into; or the `tokenizer` of another Dataset.
+        None: what stands between white space in the training texts, in lower case.
+      vocabulary_size, min_count: of that: its words at most (25,000 if not given), and how often a word must occur (once).
 
     A validation set is the test set where there is no other (a note says so). A source with neither (digits, single sets)
     gives 30 % of every class (of every class in every domain) as test set, drawn with a fixed seed: everybody tests on the
@@ -51,9 +69,18 @@ def load(name: str | os.PathLike, *, image_size: int | None = None) -> Dataset:
     """
     text = os.fspath(name)
     check_image_size(image_size)
+    form = text_files.TextForm(text_length, vocabulary, vocabulary_size, min_count)
+    path = pathlib.Path(text).expanduser()
+    if text not in SOURCES and (path.is_file() and text_files.is_table(path) or path.is_dir() and text_files.is_folder(path)):
+        if image_size is not None:
+            raise ValueError(f"load needs images for image_size, got texts in {text!r}. Leave image_size out.")
+        return text_files.read_table(path, form) if path.is_file() else text_files.read_folder(path, form)
+    if text not in SOURCES and text_files.is_table(path) and not path.exists():
+        raise FileNotFoundError(f"load needs a file, got {text!r}, where there is none. {_nearest(path) or 'Check the path.'}")
+    if path.suffix != ".npz" and not form.default:
+        raise ValueError(f"load needs texts for text_length and vocabulary, got {text!r}. Leave these out.")
     if text.startswith(tfds.PREFIX):
         return tfds.read(text, image_size)
-    path = pathlib.Path(text).expanduser()
     kind = None if text in SOURCES or path.suffix == ".npz" else cifar.layout_of(path)
     if path.is_dir() and not kind and text not in SOURCES:
         prepared = (path / "dataset_info.json").is_file()
@@ -71,8 +98,11 @@ def load(name: str | os.PathLike, *, image_size: int | None = None) -> Dataset:
         if not path.is_file():
             hint = _nearest(path) or 'Check the path, or write load("digits").'
             raise FileNotFoundError(f"load needs a file, got {str(path)!r}, where there is none. {hint}")
-        return npz.read(path)
-    hint = _nearest(path) or 'Write load("digits"), load("folder/file.npz") or load("folder") for a folder of images.'
+        return npz.read(path, form)
+    hint = (
+        _nearest(path)
+        or 'Write load("digits"), load("folder/file.npz") or load("folder") for a folder of images, load("texts.csv") for texts.'
+    )
     raise ValueError(
         f"load needs {', '.join(map(repr, SOURCES))}, 'tfds:NAME' or the path of an .npz file, a folder of images or a CIFAR "
         f"archive, got {text!r}. {hint}"
@@ -97,7 +127,8 @@ SOURCES: dict[str, Callable[[], Dataset]] = {
 
 def _nearest(path: pathlib.Path) -> str:
     """The source or the .npz file or folder beside it whose name is nearest, as a question; empty where none is near."""
-    beside = [p for p in sorted(path.parent.iterdir()) if p.suffix == ".npz" or p.is_dir()] if path.parent.is_dir() else []
-    known = {name: name for name in SOURCES} | {file.name.lower(): str(file) for file in beside}
-    near = difflib.get_close_matches(path.name.lower(), known, n=1)
-    return f"Did you mean load({known[near[0]]!r})?" if near else ""
+    known = lambda p: p.suffix == ".npz" or p.is_dir() or text_files.is_table(p)
+    beside = [p for p in sorted(path.parent.iterdir()) if known(p)] if path.parent.is_dir() else []
+    names = {name: name for name in SOURCES} | {file.name.lower(): str(file) for file in beside}
+    near = difflib.get_close_matches(path.name.lower(), names, n=1)
+    return f"Did you mean load({names[near[0]]!r})?" if near else ""

@@ -89,25 +89,29 @@ def _longtail_settings(function, ratio, kind):
     _number(function, "ratio", ratio, "of at least 1", lambda x: x >= 1, fix)
 
 
-def noise(kind: str, rate: float, *, true_class: bool = False) -> View:
+def noise(kind: str, rate: float, *, true_class: bool = False, first: bool = False) -> View:
     """Wrong training labels; `true_labels` keeps the right ones, test and validation labels are left alone.
 
     Exactly round(rate·n) labels are drawn and changed, n being the training samples that can change: all of them, or
-    those of the five classes that "asymmetric" confuses (as in the literature, where 0.4 makes 20 % of CIFAR-10 wrong).
+    those of the five classes that "asymmetric" confuses (as in the literature, where 0.4 makes 20 % of CIFAR-10 wrong), or
+    those of the class that "onesided" takes from (there 0.2 makes 10 % of a balanced set wrong).
     The draw is over the whole set, not class by class, so a class's own rate varies a little. With one seed, the labels
     changed at a lower rate are among those changed at a higher one, to the same wrong class.
 
     Args:
-      kind: "symmetric" (a uniformly drawn other class), "pair" (the next class; the last one's is class 0) or
-        "asymmetric" (CIFAR-10's look-alikes, by class name: truck→automobile, bird→airplane, deer→horse, cat↔dog).
+      kind: "symmetric" (a uniformly drawn other class), "pair" (the next class; the last one's is class 0), "asymmetric"
+        (CIFAR-10's look-alikes, by class name: truck→automobile, bird→airplane, deer→horse, cat↔dog) or "onesided" (of two
+        classes the second one's to the first: positive→negative).
       rate: share of the labels, in [0, 1).
       true_class: symmetric only: draw from all classes, the true one included, as Meta-Weight-Net, ProSelfLC and the
         taxonomy paper do; of round(rate·n) labels drawn, about 1/C then stay right.
+      first: the first round(rate·n) samples that can change, in the training set's order, instead of drawn ones, as in the
+        taxonomy paper's text experiments: there a block of one class, where the set is sorted by class.
 
     Raises:
       ValueError: wrong settings; or, when applied, if a class is left without any training label.
     """
-    _one_of("noise", "kind", kind, ("symmetric", "pair", "asymmetric"))
+    _one_of("noise", "kind", kind, ("symmetric", "pair", "asymmetric", "onesided"))
     _number("noise", "rate", rate, "in [0, 1)", lambda x: 0 <= x < 1, "Write rate=0.4 for 40 % of the labels.")
     if true_class and kind != "symmetric":
         raise ValueError(f"noise needs kind 'symmetric' with true_class, got {kind!r}. Leave true_class out.")
@@ -121,8 +125,10 @@ def noise(kind: str, rate: float, *, true_class: bool = False) -> View:
         elif kind == "pair":
             wrong = (labels + 1) % num_classes
         else:
-            wrong = _confusions(dataset)[labels]
+            wrong = (_confusions(dataset) if kind == "asymmetric" else _onesided(dataset))[labels]
             order = order[wrong[order] != labels[order]]
+        if first:
+            order = np.sort(order)
         chosen = order[: round(rate * len(order))]
         noisy = labels.copy()
         noisy[chosen] = wrong[chosen]
@@ -136,7 +142,8 @@ def noise(kind: str, rate: float, *, true_class: bool = False) -> View:
             )
         return dataclasses.replace(dataset, train_labels=noisy)
 
-    return _view("noise", transform, kind=kind, rate=rate, **({"true_class": True} if true_class else {}))
+    switches = {name: True for name, on in {"true_class": true_class, "first": first}.items() if on}
+    return _view("noise", transform, kind=kind, rate=rate, **switches)
 
 
 def _confusions(dataset: Dataset) -> np.ndarray:
@@ -149,6 +156,15 @@ def _confusions(dataset: Dataset) -> np.ndarray:
             "Write noise('pair', rate): each class is mistaken for the next."
         )
     return np.array([names.index(CIFAR10_CONFUSIONS.get(name, name)) for name in names], np.int32)
+
+
+def _onesided(dataset: Dataset) -> np.ndarray:
+    """[2] int32, the class each of two classes is mistaken for: the first one is not."""
+    if dataset.num_classes != 2:
+        raise ValueError(
+            f"noise needs two classes for kind 'onesided', got {dataset.num_classes} in {dataset.name}. Write noise('pair', rate)."
+        )
+    return np.zeros(2, np.int32)
 
 
 def validation(fraction: float) -> View:
@@ -172,9 +188,11 @@ def validation(fraction: float) -> View:
                 f"validation needs a class with 2 training samples, got at most {dataset.class_counts.max()}. "
                 "Split before thinning the set."
             )
-        images, labels = dataset.train_images[held], dataset.train_labels[held]
+        out = take(dataset, np.flatnonzero(held))
         rest = take(dataset, np.flatnonzero(~held))
-        return dataclasses.replace(rest, validation_images=images, validation_labels=labels)
+        return dataclasses.replace(
+            rest, validation_images=out.train_images, validation_labels=out.train_labels, validation_texts=out.train_texts
+        )
 
     return _view("validation", transform, fraction=fraction)
 
@@ -195,6 +213,8 @@ def shrink(size: int) -> View:
 
     def transform(dataset, rng):
         del rng  # nothing is drawn
+        if dataset.tokenizer is not None:
+            raise ValueError(f"shrink needs images, got {dataset.name}, which has texts. Load fewer words: text_length=100.")
         height, width = dataset.image_shape[:2]
         if height % size or width % size:
             fits = [s for s in range(1, min(height, width) + 1) if height % s == 0 and width % s == 0]
@@ -307,7 +327,8 @@ def leave_out(domain: str | int) -> View:
                 f"{train_out.sum() + test_out.sum()} in it and {(~train_out).sum()} in others. Name another domain."
             )
         join = lambda train, test: np.concatenate([train[train_out], test[test_out]])
-        validation = (None, None) if test_out.all() else (dataset.test_images[~test_out], dataset.test_labels[~test_out])
+        rest = (dataset.test_images, dataset.test_labels, dataset.test_texts)
+        validation = [None if values is None or test_out.all() else values[~test_out] for values in rest]
         return dataclasses.replace(
             take(dataset, np.flatnonzero(~train_out)),
             test_images=join(dataset.train_images, dataset.test_images),
@@ -315,6 +336,8 @@ def leave_out(domain: str | int) -> View:
             test_domains=join(dataset.train_domains, dataset.test_domains),
             validation_images=validation[0],
             validation_labels=validation[1],
+            validation_texts=validation[2],
+            test_texts=None if dataset.test_texts is None else join(dataset.train_texts, dataset.test_texts),
         )
 
     return _view("leave_out", transform, seeded=False, domain=domain)
@@ -356,7 +379,7 @@ def drop_duplicates() -> View:
                 f"{len(known)}, without which class {c} ({dataset.class_names[c]!r}) has none. Give another test set: "
                 "np.savez(path, images=..., labels=...) lets load split one off."
             )
-        note = f"{dataset.name}: {known.sum()} training images that are in the test or validation set were dropped."
+        note = f"{dataset.name}: {known.sum()} training {dataset.kind} that are in the test or validation set were dropped."
         kept = take(dataset, np.flatnonzero(~known)) if known.any() else dataset
         return dataclasses.replace(kept, notes=(*kept.notes, note))
 

@@ -48,7 +48,8 @@ def adversarial_training(
       norm: "linf", "l2" (then take step="unit") or "l1" ball.
       step: "sign", "unit" or "raw" steps.
       site: "input" or any other site.
-      value_range: what the perturbed input is clipped to; None for inputs that are no pixels of [0, 1]. Other sites: no clipping.
+      value_range: what the perturbed input is clipped to; None for inputs that are no pixels of [0, 1]. Other sites, the embedding of
+        texts among them: no clipping.
       random_starts: start from a random point, drawn by each sample's position in the data set, instead of zero.
 
     Metrics: inner_evaluations.
@@ -56,12 +57,12 @@ def adversarial_training(
     check_number("adversarial_training", low=0, bound=bound, step_size=step_size, num_steps=num_steps)
     check_choice("adversarial_training", "norm", norm, NORMS)
     check_choice("adversarial_training", "step", step, ("sign", "unit", "raw"))
-    clip_to = value_range if site == "input" else None
-    if clip_to is not None and not is_traced(clip_to) and norm == "linf":
-        check_number("adversarial_training", high=clip_to[1] - clip_to[0], bound=bound)
+    if site == "input" and value_range is not None and not is_traced(value_range) and norm == "linf":
+        check_number("adversarial_training", high=value_range[1] - value_range[0], bound=bound)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         shape, count = flow.value.shape[1:], flow.labels.shape[0]
+        clip_to = value_range if context.site == "input" else None
         start = random_start(context.key, flow.index, shape, bound=bound, norm=norm) if random_starts else None
         delta, _ = pgd(
             rest, flow.value, None, count, step_size=step_size, num_steps=num_steps, bound=bound, step=step, norm=norm,

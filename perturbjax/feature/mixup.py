@@ -6,6 +6,8 @@ As a perturbation of the feature: (1 − λ)(x_j − x_i). λ is replaced by max
 swap roles) and keeps `labels` the dominant class. Source: Zhang et al., "mixup", ICLR 2018.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -35,6 +37,13 @@ def mix(values: jax.Array, weight: ArrayLike, partner: jax.Array) -> jax.Array:
     return weight * values + (1 - weight) * values[partner]
 
 
+def mix_side(side: Mapping[str, jax.Array], weight: ArrayLike, partner: jax.Array) -> Mapping[str, jax.Array]:
+    """Side information of the mixtures: a mask of words is true where either text has one; all else is that of the dominant sample."""
+    if "mask" not in side:
+        return side
+    return {**side, "mask": side["mask"] | (side["mask"][partner] & (jnp.asarray(weight) < 1))}
+
+
 @method(
     target=("feature", "label"), direction=(), inference="prior", granularity="sample",
     cite="Zhang et al., ICLR 2018", off=None,
@@ -46,7 +55,11 @@ def mixup(*, alpha: ArrayLike = 1.0, site: str = "input") -> Perturbation:
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         weight, partner = draw_mixing(context.key, flow.labels.shape[0], alpha=alpha)
         return (
-            flow._replace(value=mix(flow.value, weight, partner), targets=mix(flow.targets, weight, partner)),
+            flow._replace(
+                value=mix(flow.value, weight, partner),
+                targets=mix(flow.targets, weight, partner),
+                side=mix_side(flow.side, weight, partner),
+            ),
             state,
             {"weight": weight},
         )

@@ -58,6 +58,10 @@ def dlb(*, weight: ArrayLike = 1.0, temperature: ArrayLike = 3.0) -> tuple[Pertu
     check_number("dlb", low=0, open_low=True, temperature=temperature)
 
     def init_inputs(context: Context) -> Last:
+        if context.site != "input":
+            raise ValueError(
+                "dlb needs inputs that can be kept as they are, got texts, whose last batch had other words masked. Leave it out."
+            )
         shape = context.site_shapes["input"]
         return Last(
             jnp.zeros(shape, float), jnp.zeros((shape[0], context.num_classes), float), jnp.zeros(shape[:1], float),

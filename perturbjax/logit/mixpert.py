@@ -130,7 +130,7 @@ def mixpert(
       random_starts: start PGD from a random point of the ball (Madry et al., the official code), which costs a clean forward pass more:
         otherwise the first step's pass is the clean one.
       clean_weight: share of the clean loss in those of the samples perturbed at the input (official code: 0.4); not 0: one pass more.
-      site: where δ acts: "input", or a site with floating values (the embedding of text).
+      site: where δ acts: "input" (of texts their embedding), or another site with floating values.
       value_range: what perturbed inputs are clipped to; None: not. Other sites are never clipped.
       units: ε₂ and step size are in units of these numbers, one per channel: standard deviations, if they were meant for normalised
         inputs (official code: [0.229, 0.224, 0.225], value_range=none).
@@ -172,12 +172,12 @@ def mixpert(
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"mixpert needs floating values at the site {site!r} for eps2 > 0, got {x.dtype}. "
-                "Write mixpert(site='embedding', ...) for text, or eps2=0."
+                "Cut the model at a site that has them (pj.line) and name it, or write eps2=0."
             )
         unit = None if units is None else jnp.asarray(units, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         to_input = (lambda z: z) if unit is None else (lambda z: z * unit)
         z = x if unit is None else x / unit
-        span = value_range if site == "input" and unit is None else None
+        span = value_range if context.site == "input" and unit is None else None
         search = dict(step="sign", norm="linf", value_range=span)
         dtype = at_least_float32(x.dtype)
         scaled = lambda a, factor: jnp.asarray(a, dtype) * factor

@@ -69,7 +69,7 @@ def akd(
         start = random_start(context.key, flow.index, shape, bound=bound, norm=norm)
         delta, _ = pgd(
             divergence, flow.value, None, count, step_size=step_size, num_steps=num_steps, bound=bound, step=step, norm=norm,
-            start=start, value_range=value_range, axis_name=context.axis_name,
+            start=start, value_range=value_range if context.site == "input" else None, axis_name=context.axis_name,
         )  # fmt: skip
         found = divergence(flow.value + delta)
         added = jnp.asarray(weight, found.dtype) * found

@@ -18,6 +18,16 @@
 | resnet110 | same | 1 727 962 |
 | wrn16-8 | Zagoruyko and Komodakis, BMVC 2016 | 10 961 370 |
 | wrn28-10 | same | 36 479 194 |
+
+Models of texts take tokens [B, L]; perturbations of the input act at their site `embedding`:
+
+    model = create("bilstm", num_classes=2, vocabulary_size=len(dataset.tokenizer.words))
+    model.sites  # ("input", "embedding", "stage1", "features", "logits")
+
+| name | form | parameters (2 classes, 25,000 words; bert-base: its own 30,522) |
+| --- | --- | --- |
+| bilstm | 300 numbers a word, an LSTM of 100 units each way, attention | 7 861 402 |
+| bert-base | Devlin et al., NAACL 2019; `load_bert` fills in public weights | 109 483 778 |
 """
 
 import difflib
@@ -27,10 +37,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from perturbjax.models.bert import Bert, bert_fields, load_bert
+from perturbjax.models.bilstm import BiLSTM
 from perturbjax.models.cnn import CNN
 from perturbjax.models.mlp import MLP
 from perturbjax.models.net import Net
 from perturbjax.models.resnet import ResNet, WideResNet
+from perturbjax.models.safetensors import read_safetensors
+from perturbjax.models.text import TextNet, with_vectors
 
 _MODELS: dict[str, Callable[..., Net]] = {
     "mlp": MLP,
@@ -40,18 +54,23 @@ _MODELS: dict[str, Callable[..., Net]] = {
     "wrn28-10": partial(WideResNet, depth=28, widen=10),
 }
 NAMES = tuple(_MODELS)
+"""Of the models of images."""
+_TEXT_MODELS: dict[str, Callable[..., TextNet]] = {"bilstm": BiLSTM, "bert-base": Bert}
+TEXT_NAMES = tuple(_TEXT_MODELS)
+"""Of the models of texts."""
 
 
 def create(
     name: str,
     *,
     num_classes: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    vocabulary_size: int | None = None,
     width: int | None = None,
     dtype: Any = jnp.float32,
     head: str = "linear",
-    dropout: float = 0.0,
+    dropout: float | None = None,
     conv: str = "canonical",
     remat: bool = False,
     **options,
@@ -59,18 +78,38 @@ def create(
     """The model of that name.
 
     Args:
-      name: one of NAMES. num_classes: C. mean, std: of the pixels in [0, 1], one number per channel.
-      width: channels of the first layer (default 16); for the mlp the size of the first hidden layer, the second has half of it.
-      dtype: of the layers' arithmetic (parameters are float32). head: "linear" or "cosine". dropout: rate inside the stages.
-      conv: "canonical", or "lax" for forward mode. remat: recompute each block in the backward pass, for memory; the mlp ignores
-        both. options: the model's own fields (`hidden`, `num_stages`, ...).
+      name: one of NAMES or TEXT_NAMES. num_classes: C.
+      mean, std: of images: of the pixels in [0, 1], one number per channel. vocabulary_size: of texts: words, with the padding.
+      width: channels of the first layer (default 16); for the mlp the size of the first hidden layer, the second has half of it; for
+        the bilstm units each way (100); of bert-base the size of all states (768).
+      dtype: of the layers' arithmetic (parameters are float32). head: "linear" or "cosine". dropout: rate inside the stages, the
+        bilstm's embedding; None: the model's own (images 0, bilstm 0.5, bert-base 0.1).
+      conv: "canonical", or "lax" for forward mode. remat: recompute each block in the backward pass, for memory; mlp and bilstm ignore
+        it. options: the model's own fields (`hidden`, `num_stages`, ...).
     """
-    if name not in _MODELS:
-        nearest = difflib.get_close_matches(str(name), NAMES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"create needs a model of {NAMES}, got {name!r}. Write create({nearest!r}, ...).")
+    known = NAMES + TEXT_NAMES
+    if name not in known:
+        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"create needs a model of {known}, got {name!r}. Write create({nearest!r}, ...).")
+    options |= {} if dropout is None else {"dropout": dropout}
+    if name in TEXT_NAMES:
+        if vocabulary_size is None or mean is not None or std is not None:
+            got = "none" if vocabulary_size is None else "mean and std beside it"
+            raise ValueError(
+                f"create needs vocabulary_size for {name!r}, a model of texts, got {got}. For images write create('mlp', ...)."
+            )
+        of_bert = ({"remat": remat} | ({"embedding": width} if width else {})) if name == "bert-base" else {}
+        of_lstm = {"width": width} if width and name == "bilstm" else {}
+        options = of_bert | of_lstm | options
+        return _TEXT_MODELS[name](num_classes=num_classes, vocabulary_size=vocabulary_size, dtype=dtype, head=head, **options)
+    if vocabulary_size is not None or mean is None or std is None:
+        got = "vocabulary_size" if vocabulary_size is not None else "none"
+        raise ValueError(
+            f"create needs mean and std for {name!r}, a model of images, got {got}. For texts write create('bilstm', ...)."
+        )
     if name == "mlp":
         options = {"hidden": (width, width // 2)} | options if width else options
     else:
         options |= {"conv": conv, "remat": remat} | ({"width": width} if width else {})
     mean, std = (tuple(float(number) for number in numbers) for numbers in (mean, std))
-    return _MODELS[name](num_classes=num_classes, mean=mean, std=std, dtype=dtype, head=head, dropout=dropout, **options)
+    return _MODELS[name](num_classes=num_classes, mean=mean, std=std, dtype=dtype, head=head, **options)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from perturbjax.checks import check_choice
 from perturbjax.core import Batch, Chain, Objective, chain, objective
 from perturbjax.data import Augmentation, Dataset
 from perturbjax.models.blocks import KEEP_REMAT
@@ -22,6 +23,7 @@ from perturbjax.training.devices import AXIS, Devices
 from perturbjax.training.schedule import Schedule
 
 Numbers = Any
+OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Recipe:
     """Of the images, on the device."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one update. The methods' own optimiser links act on each of them."""
+    optimizer: str = "sgd"
+    """"sgd" (coupled weight decay), "adam" (coupled, too) or "adamw" (decoupled); the momentum is β₁ of the latter two, whose β₂ is
+    0.999."""
+    initial: Callable[[Any], Any] | None = dataclasses.field(default=None, compare=False)
+    """Initial parameters -> those to start from: pretrained weights, word vectors. Compiles nothing, so recipes are equal without it."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -93,10 +100,12 @@ _PIXELS = (np.arange(256) / 255).astype(np.float32)
 
 
 def pixels(images: jax.Array) -> jax.Array:
-    """Images as float32 in [0, 1], the unit of the input site: uint8 is divided by 255.
+    """Images as float32 in [0, 1], the unit of the input site: uint8 is divided by 255. Tokens (int32) stay as they are.
 
     By a table: a product would be fused with the model's normalisation, and rounded otherwise as soon as something stands between.
     """
+    if images.dtype == jnp.int32:
+        return images
     return jnp.asarray(_PIXELS)[images] if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
 
@@ -114,20 +123,21 @@ def split_methods(made: Iterable) -> tuple[Chain, tuple[optax.GradientTransforma
 def optimizer(
     transforms: Iterable[optax.GradientTransformation], numbers: dict, recipe: Recipe
 ) -> optax.GradientTransformationExtraArgs:
-    """SGD with the methods' own links first, then coupled weight decay, momentum and learning rate.
+    """The methods' own links first, then weight decay, momentum (or Adam's) and learning rate.
 
     With accumulation these three come once per `accumulate` batches (optax.MultiSteps), on the mean of what the links made of
     each: a SAM-like link asks for a second gradient of its own batch, so it stands before the mean.
     """
     factor = recipe.schedule.factor(recipe.steps_per_epoch, recipe.total_steps)
     momentum = numbers["momentum"] if recipe.momentum else None
-    descent = optax.chain(
-        optax.add_decayed_weights(numbers["weight_decay"]),
-        optax.sgd(
-            lambda updates: numbers["learning_rate"] * factor(updates * recipe.accumulate),
-            momentum=momentum, nesterov=recipe.nesterov,
-        ),
-    )  # fmt: skip
+    rate = lambda updates: numbers["learning_rate"] * factor(updates * recipe.accumulate)
+    decay = optax.add_decayed_weights(numbers["weight_decay"])
+    if recipe.optimizer == "sgd":
+        descent = optax.chain(decay, optax.sgd(rate, momentum=momentum, nesterov=recipe.nesterov))
+    else:
+        adam = optax.scale_by_adam(b1=numbers["momentum"], nesterov=recipe.nesterov)
+        links = (decay, adam) if recipe.optimizer == "adam" else (adam, decay)
+        descent = optax.chain(*links, optax.scale_by_learning_rate(rate))
     return optax.chain(*transforms, accumulated(descent, recipe.accumulate))
 
 
@@ -181,6 +191,7 @@ def check_recipe(recipe: Recipe) -> None:
             f"Recipe needs 1 <= batch_size <= {recipe.num_examples} (the training samples), got {recipe.batch_size}. "
             f"Take batch_size={min(64, recipe.num_examples)}, or more data."
         )
+    check_choice("Recipe", "optimizer", recipe.optimizer, OPTIMIZERS)
     if not 1 <= recipe.accumulate <= recipe.total_steps:
         raise ValueError(
             f"Recipe needs 1 <= accumulate <= {recipe.total_steps} (the run's steps), got {recipe.accumulate}. Write accumulate=1."
@@ -196,6 +207,7 @@ def init_state(recipe: Recipe, numbers: dict, data: DeviceData, seed: int) -> Tr
     example = pixels(data.images[:1])
     variables = _compiled_init(recipe.model)(init_key, example)
     params, stats = variables["params"], variables.get("batch_stats", {})
+    params = params if recipe.initial is None else recipe.initial(params)
     made, tx = build(recipe, numbers, np.asarray(data.class_counts))
     like = jax.ShapeDtypeStruct((recipe.batch_size, *example.shape[1:]), example.dtype)
     # Every leaf gets a buffer of its own (a method's init may use one array twice): the step donates them.

@@ -111,7 +111,7 @@ def test_whole_numbers_are_in_order_of_their_value(write):
     d = load(root)
     assert d.class_names == ("0", "9", "10")
     np.testing.assert_array_equal(d.train_images[:, 0, 0, 0], [0, 9, 10])
-    assert module._in_order({"10", "9", "x"}) == ("10", "9", "x") and module._in_order({"b", "B", "a"}) == ("B", "a", "b")
+    assert module.in_order({"10", "9", "x"}) == ("10", "9", "x") and module.in_order({"b", "B", "a"}) == ("B", "a", "b")
 
 
 def test_a_class_may_be_called_train(write):

@@ -100,7 +100,7 @@ def test_errors_count_positions_in_the_whole_single_set(write):
         ({"X": IMAGES, "y": LABELS}, "test_labels; or x_train, y_train, x_test, y_test; or images, labels, got X, y"),
         ({"x_train": IMAGES, "y_train": LABELS, "x_test": IMAGES}, "Add y_test: np.savez(path, x_train=..."),
         ({}, "got no array at all"),
-        ({"train_text": IMAGES, "train_labels": LABELS}, "Text is not supported yet"),
+        ({"train_text": IMAGES, "train_labels": LABELS}, "Add test_text and test_labels: np.savez(path, train_text=..., train_labels=..."),
         (SPLIT | {"train_labels": LABELS[:20].astype(object)}, "got Python objects (dtype object)"),
         (SPLIT | {"class_names": np.array(["a", "b", "c"], object)}, "got Python objects (dtype object)"),
         (SPLIT | {"train_images": IMAGES[:20].astype(np.int16)}, "got dtype int16"),

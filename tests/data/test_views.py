@@ -287,7 +287,7 @@ def test_views_can_be_built_by_name(hundred, tmp_path):
         (lambda: longtail(float("nan")), "got nan"),
         (lambda: longtail("100"), "got '100'"),
         (lambda: longtail(100, "linear"), "longtail needs kind to be one of exponential, step, got 'linear'"),
-        (lambda: noise("random", 0.1), "noise needs kind to be one of symmetric, pair, asymmetric, got 'random'"),
+        (lambda: noise("random", 0.1), "noise needs kind to be one of symmetric, pair, asymmetric, onesided, got 'random'"),
         (lambda: noise("pair", 1.0), "noise needs a rate in [0, 1), got 1.0. Write rate=0.4 for 40 %"),
         (lambda: noise("pair", -0.1), "got -0.1"),
         (lambda: noise("pair", 40), "got 40"),
