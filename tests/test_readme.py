@@ -8,11 +8,16 @@ import shlex
 import pytest
 import tyro
 
-from experiments import bench, compare, shared, train
+from experiments import audit, bench, compare, shared, train
 from perturbjax import taxonomy
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-SCRIPTS = {"compare.py": compare.CompareSettings, "train.py": train.TrainSettings, "bench.py": bench.BenchSettings}
+SCRIPTS = {
+    "audit.py": audit.AuditSettings,
+    "compare.py": compare.CompareSettings,
+    "train.py": train.TrainSettings,
+    "bench.py": bench.BenchSettings,
+}
 LINES = [line for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 
 

@@ -146,7 +146,7 @@ def test_bench_measures_ratios_beside_ideals(tmp_path):
         (["--methods", "ce, lpa(site=stage9)"], "stage1, stage2"),
         (["--methods", "ce, ce"], "'ce' twice"),
         (["--methods", "lpl(split=freq)"], "split=frequency"),
-        (["--methods", "isda", "--head", "cosine"], 'head="linear"'),
+        (["--methods", "isda", "--head", "cosine"], "head='linear'"),
         (["--methods", "weighting(weights=[1, 2])"], "needs 10 weights, got 2"),
         (["--view", "longtale(5)"], "Write longtail"),
         (["--view", "longtail(0.5)"], "ratio of at least 1"),
