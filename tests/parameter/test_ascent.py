@@ -11,6 +11,7 @@ import pytest
 
 import perturbjax as pj
 from perturbjax.parameter.ascent import move, unit_tree
+from perturbjax.training.schedule import Schedule
 from perturbjax.training.step import DeviceData, Recipe, as_arrays, init_state, train_step
 
 LINKS = {"sam": partial(pj.sam, radius=0.5), "pugd": pj.pugd}
@@ -69,7 +70,9 @@ def test_batch_norm_statistics_come_from_the_first_pass_only():
     numbers = dict(method=(), learning_rate=0.1, momentum=0.9, weight_decay=0.0)
     after = {}
     for build in (no_link, with_sam, with_pugd):
-        recipe = Recipe(Small(), build, num_classes=3, num_examples=8, batch_size=8, epochs=1, warmup_epochs=0)
+        recipe = Recipe(
+            Small(), build, num_classes=3, num_examples=8, batch_size=8, epochs=1, schedule=Schedule(warmup_epochs=0)
+        )
         state = init_state(recipe, numbers, data, seed=0)
         after[build], _, _ = jax.jit(partial(train_step, recipe))(state, as_arrays(numbers), data, jnp.arange(8))
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.stats, after[build].stats)
