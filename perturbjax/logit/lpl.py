@@ -26,6 +26,7 @@ from perturbjax.projection import group_norm, project, unit
 from perturbjax.split import Clean, Split, as_split, by_accuracy
 
 DEFAULT_BOUND = 1.0
+MOST_STEPS = 10_000  # more is a slip of the pen, and a loop that never ends
 Normalize = Literal["none", "row", "column"]
 NORMALIZE = ("none", "row", "column")
 
@@ -150,7 +151,12 @@ def _needed(most: Any, step_size: Any, num_steps: Steps | None = None) -> float 
         return None
     if not np.isfinite(most).all():
         raise ValueError(f"lpl needs a finite bound, got {most}. It sets the number of steps, floor(bound / step_size).")
-    return float(np.floor(np.max(most) / np.min(step_size) + 1e-4))
+    steps = float(np.floor(np.max(most) / np.min(step_size) + 1e-4))
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"lpl needs bound / step_size <= {MOST_STEPS} steps, got {steps:g}. Lower the bound, or raise step_size."
+        )
+    return steps
 
 
 def _loop_length(needed: float | None, max_steps: int | None) -> int:

@@ -9,6 +9,7 @@ Source: Devlin et al., "BERT", NAACL 2019; names of the weights as in bert-base-
 """
 
 import functools
+import json
 import pathlib
 from collections.abc import Mapping
 from functools import partial
@@ -140,12 +141,14 @@ class Pooler(nn.Module):
 
 
 def bert_fields(file: str | pathlib.Path, *, num_heads: int | None = None) -> dict[str, int]:
-    """The fields of the `Bert` that these weights belong to. num_heads: not to be seen from them; None: 64 units each, as usual."""
+    """The fields of the `Bert` that these weights belong to. num_heads: not to be seen from them; None: as the config.json beside the
+    file says, or else 64 units each, as usual."""
     weights = _weights(file)
     shape = lambda name: weights[_required(weights, name, file)].shape
     words, size = shape("embeddings.word_embeddings.weight")
+    num_heads = num_heads or _configured(file).get("num_attention_heads") or max(1, size // 64)
     return dict(
-        vocabulary_size=words, embedding=size, num_layers=_num_layers(weights), num_heads=num_heads or max(1, size // 64),
+        vocabulary_size=words, embedding=size, num_layers=_num_layers(weights), num_heads=num_heads,
         inner=shape("encoder.layer.0.intermediate.dense.weight")[0], positions=shape("embeddings.position_embeddings.weight")[0],
     )  # fmt: skip
 
@@ -205,10 +208,20 @@ LAYER = {
 }  # fmt: skip
 
 
+def _place(file: str | pathlib.Path) -> pathlib.Path:
+    path = pathlib.Path(file).expanduser()
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def _configured(file: str | pathlib.Path) -> dict[str, Any]:
+    """What the config.json beside the weights says; nothing where there is none."""
+    config = _place(file).with_name("config.json")
+    return json.loads(config.read_text()) if config.is_file() else {}
+
+
 def _weights(file: str | pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays under the names that they have in a bare BertModel; old files call a norm's weight gamma and its bias beta."""
-    path = pathlib.Path(file).expanduser()
-    found = read_safetensors(path / "model.safetensors" if path.is_dir() else path)
+    found = read_safetensors(_place(file))
     old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
     named = {}
     for name, array in found.items():

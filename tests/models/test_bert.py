@@ -149,6 +149,8 @@ def test_the_fields_follow_from_the_weights(tmp_path, params):
     file = write_safetensors(tmp_path / "x.safetensors", WEIGHTS)
     assert bert_fields(file, num_heads=2) == dict(vocabulary_size=10, num_heads=2, **SIZES)
     assert bert_fields(file)["num_heads"] == 1
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "hidden_act": "gelu"}')
+    assert bert_fields(file)["num_heads"] == 4
     assert create("bert-base", num_classes=3, **bert_fields(file, num_heads=2)) == MODEL
     short = MODEL.copy(positions=5)  # fewer places than in the file: the first ones
     own = jax.jit(short.init)(jax.random.key(0), TOKENS)["params"]
