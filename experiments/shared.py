@@ -421,10 +421,10 @@ def pretrained(settings: Settings, dataset: Dataset) -> tuple[dict[str, Any], Ca
         return {"embedding": vectors.shape[1]}, functools.partial(with_vectors, vectors=vectors, found=found)
     if settings.weights is not None:
         fields = bert_fields(settings.weights)
-        if settings.vocabulary is None or fields.pop("vocabulary_size") != len(dataset.tokenizer.words):
-            raise ValueError(
-                f"--weights needs --vocabulary with the vocab.txt that belongs to them, got {settings.vocabulary}."
-            )
+        words, given = fields.pop("vocabulary_size"), len(dataset.tokenizer.words)
+        if settings.vocabulary is None or words != given:
+            got = "none" if settings.vocabulary is None else f"{given} in {settings.vocabulary}"
+            raise ValueError(f"--weights needs --vocabulary, their own vocab.txt of {words} pieces, got {got}.")
         return fields, functools.partial(load_bert, settings.weights)
     return {}, None
 
