@@ -3,19 +3,27 @@
 python experiments/figures.py norms --audit DIR --out norms.svg              # ‖v‖₁ of right and wrong labels, after audit.py
 python experiments/figures.py sensitivity --results DIR/results.json --setting weight --out weight.svg
                                                                              # after compare.py --methods "ce, logpert(weight=0.1), …"
+python experiments/figures.py epochs --results DIR/results.json --out epochs.svg         # accuracy by epoch
+python experiments/figures.py weights --out weights.svg                      # what samples count for in self-paced learning
+python experiments/figures.py ratio --run DIR --data digits --view none --tau 0.5 --out ratio.svg
+                                                                             # ℓ̃/ℓ of self-paced logits, after train.py --out DIR
 """
 
 import csv
 import dataclasses
 import json
 import pathlib
-from typing import Annotated
+from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import shared
 from perturbjax import spec
-from perturbjax.analysis.figures import norm_plot, sensitivity_plot
+from perturbjax.analysis.figures import line_plot, loss_ratios, norm_plot, self_paced_weights, sensitivity_plot
+from perturbjax.analysis.plots import curve_plot
+from perturbjax.loss.teacher import load_teacher
+from perturbjax.training.step import pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +48,58 @@ class Sensitivity:
     """File to write."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+    """Test accuracy by epoch, mean and standard deviation over seeds (the taxonomy paper's Figure 8)."""
+
+    results: str
+    """results.json of a comparison."""
+    out: str = "epochs.svg"
+    """File to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What samples count for by their loss, in self-paced learning and its variants (the taxonomy paper's Figure 11)."""
+
+    threshold: float = 2.0
+    """λ_t of self-paced learning, τ of self-paced logits: a loss."""
+    weight: float = 0.175
+    """LogPert's λ."""
+    out: str = "weights.svg"
+    """File to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """Perturbed over original loss of the training samples, under self-paced logits (the taxonomy paper's Figure 12)."""
+
+    run: str
+    """Folder of a run: train.py's --out, or one of compare.py's --out/runs."""
+    data: str = "digits"
+    """What it was trained on, as for train.py."""
+    view: str = "none"
+    """As for train.py."""
+    seed: int = 0
+    """Of the view."""
+    tau: float = 0.5
+    """τ: samples of this loss and more are lifted."""
+    scale: float = 2.5
+    """ε over the largest logit; the paper wants more than 2."""
+    out: str = "ratio.svg"
+    """File to write."""
+
+
 def main(argv: list[str]) -> None:
     """Draws one figure."""
     import tyro
 
-    norms = Annotated[Norms, tyro.conf.subcommand("norms")]
-    sensitivity = Annotated[Sensitivity, tyro.conf.subcommand("sensitivity")]
-    chosen = tyro.cli(norms | sensitivity, args=argv, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    svg = draw_norms(chosen) if isinstance(chosen, Norms) else draw_sensitivity(chosen)
-    pathlib.Path(chosen.out).write_text(svg + "\n")
+    drawn: dict[type, Callable] = {
+        Norms: draw_norms, Sensitivity: draw_sensitivity, Epochs: draw_epochs, Weights: draw_weights, Ratio: draw_ratio,
+    }  # fmt: skip
+    commands = {kind.__name__.lower(): kind for kind in drawn}
+    chosen = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    pathlib.Path(chosen.out).write_text(drawn[type(chosen)](chosen) + "\n")
     print(f"Wrote {chosen.out}")
 
 
@@ -83,6 +134,28 @@ def draw_sensitivity(settings: Sensitivity) -> str:
             f'Compare e.g. --methods "ce, logpert({settings.setting}=0.1), logpert({settings.setting}=0.2)".'
         )
     return sensitivity_plot(curves, settings.setting, reference)
+
+
+def draw_epochs(settings: Epochs) -> str:
+    """Reads results.json."""
+    return curve_plot(json.loads(pathlib.Path(settings.results).read_text()), 5.2)
+
+
+def draw_weights(settings: Weights) -> str:
+    """Needs no run: computed from the methods' own functions."""
+    losses = np.linspace(0.01, 2 * settings.threshold, 400)
+    curves = self_paced_weights(losses, settings.threshold, weight=settings.weight)
+    return line_plot({name: (losses, curve) for name, curve in curves.items()}, "loss", "weight")
+
+
+def draw_ratio(settings: Ratio) -> str:
+    """Asks the run's net for the logits of the training samples."""
+    dataset = shared.load_view(shared.Settings(data=settings.data, view=settings.view), settings.seed)
+    net = load_teacher(settings.run)
+    batches = np.array_split(np.arange(len(dataset.train_labels)), max(1, len(dataset.train_labels) // 500))
+    logits = [np.asarray(net.apply(net.variables, pixels(jnp.asarray(dataset.train_images[rows])))) for rows in batches]
+    losses, ratios = loss_ratios(np.concatenate(logits), dataset.train_labels, tau=settings.tau, scale=settings.scale)
+    return line_plot({f"τ = {settings.tau:g}": (losses, ratios)}, "loss before", "loss after / loss before")
 
 
 def without(typed: str, setting: str) -> tuple[str, float] | None:

@@ -78,3 +78,30 @@ def check_labels(function: str, labels: Any, num_classes: int) -> None:
             f"{function} needs labels in 0..{num_classes - 1}, got {array[bad[0]]} at position {bad[0]} "
             f"({bad.size} such labels). Drop these rows{larger}."
         )
+
+
+def check_finite(function: str, logits: Any) -> None:
+    """Raises ValueError for logits [B, C] with nan or infinity: says the first offender's place and value (host only)."""
+    if is_traced(logits):
+        return
+    array = np.asarray(logits)
+    bad = np.argwhere(~np.isfinite(array))
+    if bad.size:
+        place = tuple(int(i) for i in bad[0])
+        raise ValueError(
+            f"{function} needs finite logits, got {float(array[place])} at {list(place)} "
+            f"({len(bad)} such entries). Lower the learning rate, or drop these samples."
+        )
+
+
+def check_index(function: str, index: Any, num_examples: int) -> None:
+    """Raises ValueError unless `index` [B] holds positions in 0..N-1: says the first offender's place and value (host only)."""
+    if is_traced(index):
+        return
+    array = np.asarray(index)
+    bad = np.flatnonzero((array < 0) | (array >= num_examples))
+    if bad.size:
+        raise ValueError(
+            f"{function} needs indices in 0..{num_examples - 1}, got {array[bad[0]]} at position {bad[0]} of the batch. "
+            f"Pass num_examples={int(array.max()) + 1}, the size of the whole training set."
+        )

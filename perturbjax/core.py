@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_labels
+from perturbjax.checks import check_index, check_labels
 from perturbjax.classes import AxisName, at_least_float32, wide
 from perturbjax.line import Line, line
 
@@ -138,10 +138,17 @@ class Batch(NamedTuple):
     side: Mapping[str, jax.Array] = {}
 
 
-def batch(inputs: jax.Array, labels: jax.Array, *, num_classes: int | None = None, **fields: Any) -> Batch:
-    """A Batch, with its labels checked where they can be seen (outside jit) if `num_classes` is given."""
+def batch(
+    inputs: jax.Array, labels: jax.Array, *, num_classes: int | None = None, num_examples: int | None = None, **fields: Any
+) -> Batch:
+    """A Batch, with its labels and its positions in the data set checked where they can be seen (outside jit).
+
+    Raises ValueError for labels outside 0..C-1 if `num_classes` is given, for an `index` outside 0..N-1 if `num_examples` is.
+    """
     if num_classes is not None:
         check_labels("batch", labels, num_classes)
+    if num_examples is not None and fields.get("index") is not None:
+        check_index("batch", fields["index"], num_examples)
     return Batch(jnp.asarray(inputs), jnp.asarray(labels), **fields)
 
 

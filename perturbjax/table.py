@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from perturbjax.checks import is_traced
+from perturbjax.checks import check_index
 from perturbjax.classes import AxisName
 from perturbjax.core import Context
 
@@ -27,19 +26,6 @@ def new_table(function: str, setting: str, context: Context, shape: tuple[int, .
             "batch's positions in the data set: pj.batch(inputs, labels, index=index)."
         )
     return jnp.zeros((context.num_examples, *shape), dtype)
-
-
-def check_index(function: str, index: Any, num_examples: int) -> None:
-    """Raises ValueError unless `index` [B] lies within the table: says the first offender's place and value (host only)."""
-    if is_traced(index):
-        return
-    array = np.asarray(index)
-    bad = np.flatnonzero((array < 0) | (array >= num_examples))
-    if bad.size:
-        raise ValueError(
-            f"{function} needs indices in 0..{num_examples - 1}, got {array[bad[0]]} at position {bad[0]} of the batch. "
-            f"Pass num_examples={int(array.max()) + 1}, the size of the whole training set."
-        )
 
 
 def read(function: str, table: jax.Array, index: jax.Array) -> jax.Array:

@@ -12,6 +12,10 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)  # device tests need no accelerator
 jax.config.update("jax_numpy_rank_promotion", "raise")  # [C] + [B, C] has to be written out
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+if not hasattr(jax, "enable_x64"):  # before JAX 0.8
+    from jax.experimental import enable_x64
+
+    jax.enable_x64 = enable_x64
 if jax.config.jax_compilation_cache_dir is None:
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(cache / "perturbjax" / "tests"))

@@ -13,11 +13,6 @@ import pytest
 import perturbjax as pj
 from perturbjax import spec, taxonomy
 
-try:
-    from jax import enable_x64
-except ImportError:  # before JAX 0.8
-    from jax.experimental import enable_x64
-
 B, D, C = 7, 4, 3  # an odd batch
 rng = np.random.default_rng(0)
 PARAMS = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in dict(a=[D, 5], b=[5, 6], c=[6, C]).items()}
@@ -488,6 +483,8 @@ def test_wrong_numbers_of_classes():
 def test_labels_are_checked_where_they_can_be_seen():
     with pytest.raises(ValueError, match=re.escape("batch needs labels in 0..2, got 3 at position 1")):
         pj.batch(INPUTS[:2], [0, 3], num_classes=C)
+    with pytest.raises(ValueError, match=r"batch needs indices in 0\.\.9, got 10 at position 1"):
+        pj.batch(INPUTS[:2], [0, 1], index=np.array([9, 10]), num_examples=10)
 
 
 # A link that changes the number of samples.
@@ -598,7 +595,7 @@ def test_float64_in_is_float64_out(monkeypatch):
     """To 1e-12 from numpy: mixup (of a known pair), label smoothing and focal, with weights and a link at the logit gradient."""
     weight, partner = 0.7, np.roll(np.arange(B), 1)
     monkeypatch.setattr(sys.modules["perturbjax.feature.mixup"], "draw_mixing", lambda key, size, *, alpha: (weight, partner))
-    with enable_x64(True):
+    with jax.enable_x64(True):
         params = {k: jnp.asarray(np.asarray(v), jnp.float64) + 1e-3 for k, v in PARAMS.items()}
         x, weights = np.random.default_rng(1).uniform(size=[B, D]), np.random.default_rng(2).uniform(size=B)
         links = pj.chain(pj.mixup(), pj.label_smoothing(weight=0.1), pj.focal(gamma=2.0), pj.lpg(bound=0.25, direction=1.0))

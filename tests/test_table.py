@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from perturbjax.checks import check_index
 from perturbjax.core import Context
-from perturbjax.table import add, check_index, gather, new_table, own_share, read, write
+from perturbjax.table import add, gather, new_table, own_share, read, write
 
 N, B = 10, 8
 INDEX, ROWS = jnp.array([3, 1, 9, 0, 4, 5, 2, 7]), jnp.arange(2.0 * B).reshape(B, 2)

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from perturbjax import table
 from perturbjax.checks import check_number
-from perturbjax.classes import AxisName
 from perturbjax.core import Context, Flow, Perturbation
 
 SCALARS = ("loss", "margin", "gradient_norm", "logpert")
@@ -80,22 +80,15 @@ def dynamics(*, weight: float = 0.175, probabilities: bool = True) -> Perturbati
 
     def apply(flow: Flow, rest, state: Dynamics, context: Context):
         found = sample_signals(jax.lax.stop_gradient(flow.value), flow.labels, weight)
-        rows = everywhere(flow.index, context.axis_name)
         values = {"count": jnp.ones_like(found["loss"]), **found}
         if not probabilities:
             del values["probability"]
         added = {
-            name: getattr(state, name).at[rows].add(everywhere(x.astype(jnp.float32), context.axis_name))
-            for name, x in values.items()
+            name: table.add(getattr(state, name), flow.index, x, axis_name=context.axis_name) for name, x in values.items()
         }
         return flow, state._replace(**added), {}
 
     return Perturbation("logits", init, apply, name="dynamics")
-
-
-def everywhere(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The rows [B] of all devices, where this is per-device code: every device then keeps the whole table."""
-    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
 
 
 def mean_dynamics(state: Dynamics) -> dict[str, Any]:

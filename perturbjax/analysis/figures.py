@@ -1,15 +1,22 @@
-"""Figures of the papers beyond the report's: how far samples had to be perturbed, and how results depend on a setting.
+"""Figures of the papers beyond the report's: how far samples had to be perturbed, how results depend on a setting, and what
+self-paced learning makes of a sample's loss.
 
 Each is one SVG as text, drawn like the report's.
 """
 
 from collections.abc import Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+from jax.typing import ArrayLike
 from matplotlib.ticker import FuncFormatter
 
 from perturbjax.analysis.plots import LOOK, _figure, _label, _svg, style
+from perturbjax.logit.logpert import logpert_delta
+from perturbjax.logit.self_paced_logit import self_paced_logit_delta
+from perturbjax.loss.self_paced import self_paced_losses
 
 
 @mpl.rc_context(LOOK)
@@ -71,3 +78,43 @@ def line_plot(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], below: str, b
     ax.legend(frameon=False)
     _label(fig, below, beside)
     return _svg(fig, f"lines-{below}-{beside}-{width:g}".replace(" ", "-"), f"{beside} against {below}")
+
+
+def self_paced_weights(losses: ArrayLike, threshold: ArrayLike, *, weight: ArrayLike = 0.175) -> dict[str, np.ndarray]:
+    """What a sample of cross entropy ℓ [n] counts for, {method: weights [n]}: ∂ℓ̃/∂ℓ of self-paced learning at λ_t = `threshold`.
+
+    The logit perturbations beside it count a sample of two classes by how much of its logit gradient they leave,
+    ‖softmax(u + v) − ŷ‖/‖softmax(u) − ŷ‖: self-paced logits with τ = `threshold`, LogPert (exact) with λ = `weight`.
+
+    Source: taxonomy paper, eqs. 63–65, Figure 11.
+    """
+    losses = jnp.asarray(losses, float)
+    slope = lambda kind: jax.grad(lambda x: self_paced_losses(x, threshold, kind=kind).sum())(losses)
+    # Two classes, the true one first: ℓ = log(1 + e^{−u}).
+    logits = jnp.stack([-jnp.log(jnp.expm1(losses)), jnp.zeros_like(losses)], axis=-1)
+    labels = jnp.zeros(losses.shape, jnp.int32)
+    left = lambda u: 1 - jax.nn.softmax(u)[:, 0]
+    share = lambda delta: left(logits + delta) / left(logits)
+    curves = {
+        "self-paced, hard": slope("hard"),
+        "self-paced, linear": slope("linear"),
+        "self-paced logits": share(self_paced_logit_delta(logits, labels, tau=threshold)),
+        f"LogPert, λ = {weight:g}": share(logpert_delta(logits, labels, weight=weight)),
+    }
+    return {name: np.asarray(curve) for name, curve in curves.items()}
+
+
+def loss_ratios(
+    logits: ArrayLike, labels: ArrayLike, *, tau: ArrayLike, scale: ArrayLike = 2.5
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ℓ, ℓ̃/ℓ), each [N], by growing ℓ: what self-paced logit perturbation leaves of the losses of logits u [N, C].
+
+    Source: taxonomy paper, eq. 65, Figure 12.
+    """
+    u, y = jnp.asarray(logits, float), jnp.asarray(labels)
+    loss = lambda u: -jnp.take_along_axis(jax.nn.log_softmax(u), y[:, None], axis=-1)[:, 0]
+    before = np.asarray(loss(u))
+    after = np.asarray(loss(u + self_paced_logit_delta(u, y, tau=tau, scale=scale)))
+    order = np.argsort(before, kind="stable")
+    ratio = np.where(before > 0, after / np.where(before > 0, before, 1), 1)  # of a loss of 0 nothing is taken away
+    return before[order], ratio[order]

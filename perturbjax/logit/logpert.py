@@ -14,14 +14,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_choice, check_logits_labels, check_number, is_traced
+from perturbjax.checks import check_choice, check_finite, check_index, check_logits_labels, check_number
 from perturbjax.classes import at_least_float32, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 from perturbjax.inference.proximal import CROSS_ENTROPY_STEP, REGULARISERS, Regulariser, proximal_search, proximal_step
-from perturbjax.table import add, check_index, gather, new_table, read, write
+from perturbjax.table import add, gather, new_table, read, write
 
 SEARCHES = ("exact", "acs", "joint")
 STEP_SIZES = {"exact": 0.0, "acs": CROSS_ENTROPY_STEP, "joint": 6.0}
@@ -48,19 +47,6 @@ def logpert_delta(logits: jax.Array, labels: jax.Array, *, weight: ArrayLike, no
     check_choice("logpert_delta", "norm", norm, REGULARISERS)
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=at_least_float32(logits.dtype))
     return _exact(logits, targets, targets, weight, norm)
-
-
-def check_finite(function: str, logits: Any) -> None:
-    """Raises ValueError for logits [B, C] with nan or infinity: says the first offender's place and value (host only)."""
-    if is_traced(logits):
-        return
-    bad = np.argwhere(~np.isfinite(np.asarray(wide(logits))))
-    if bad.size:
-        place = tuple(int(i) for i in bad[0])
-        raise ValueError(
-            f"{function} needs finite logits, got {float(np.asarray(wide(logits))[place])} at {list(place)} "
-            f"({len(bad)} such entries). Lower the learning rate, or drop these samples."
-        )
 
 
 def _exact(logits: jax.Array, targets: jax.Array, own: jax.Array, weight: ArrayLike, norm: Regulariser) -> jax.Array:

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_choice, check_logits_labels, check_number, is_traced
+from perturbjax.checks import check_choice, check_finite, check_logits_labels, check_number, is_traced
 from perturbjax.classes import AxisName, at_least_float32, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method, per_sample_keys
 from perturbjax.inference.pgd import pgd
-from perturbjax.logit.logpert import check_finite
 from perturbjax.projection import per_group
 from perturbjax.split import by_loss_top
 from perturbjax.table import gather, own_share

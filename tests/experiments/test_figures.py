@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from experiments import figures
+from experiments import figures, train
+from perturbjax.analysis.figures import loss_ratios, self_paced_weights
 
 
 def test_norms_of_right_and_wrong_labels(tmp_path):
@@ -35,3 +37,28 @@ def test_accuracy_against_a_setting(tmp_path):
 def test_a_setting_is_taken_out_of_a_method():
     assert figures.without("la+lpl(bound=0.5, split=frequency)", "bound") == ("la+lpl(split=frequency)", 0.5)
     assert figures.without("ce", "bound") is None
+
+
+def test_weights_of_self_paced_learning(tmp_path):
+    losses = np.array([0.5, 1.9, 2.1, 3.9])
+    weights = self_paced_weights(losses, 2.0, weight=0.175)
+    np.testing.assert_array_equal(weights["self-paced, hard"], [1, 1, 0, 0])
+    np.testing.assert_allclose(weights["self-paced, linear"], np.maximum(0, 1 - losses / 2), rtol=1e-6)
+    assert (weights["self-paced logits"][:2] == 1).all() and (weights["self-paced logits"][2:] < 0.01).all()
+    # LogPert lifts the true class's probability to 1 - λ: λ is what is left of the gradient 1 - p = 1 - e^-loss.
+    np.testing.assert_allclose(weights["LogPert, λ = 0.175"], np.minimum(1, 0.175 / -np.expm1(-losses)), rtol=1e-5)
+    figures.main(["weights", "--out", str(tmp_path / "weights.svg")])
+    assert "self-paced, hard" in (tmp_path / "weights.svg").read_text()
+
+
+@pytest.mark.optax_promotes  # schedules
+def test_ratio_of_losses_of_a_run(tmp_path):
+    logits, labels = np.array([[3.0, 0.0], [0.0, 3.0], [0.2, 0.0]]), np.array([0, 0, 0])
+    losses, ratios = loss_ratios(logits, labels, tau=1.0)
+    assert losses[0] < losses[1] < 1 < losses[2] and (ratios[:2] == 1).all() and 0 < ratios[2] < 0.01
+    run, out = tmp_path / "run", tmp_path / "ratio.svg"
+    train.main(["--view", "thin(10)", "--epochs", "1", "--out", str(run)])
+    figures.main(["ratio", "--run", str(run), "--view", "thin(10)", "--out", str(out)])
+    assert "loss after" in out.read_text()
+    figures.main(["epochs", "--results", str(run / "results.json"), "--out", str(tmp_path / "epochs.svg")])
+    assert (tmp_path / "epochs.svg").read_text().startswith("<svg")

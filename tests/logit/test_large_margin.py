@@ -7,11 +7,6 @@ import pytest
 
 import perturbjax as pj
 
-try:
-    from jax import enable_x64
-except ImportError:  # before JAX 0.8
-    from jax.experimental import enable_x64
-
 C, D, B = 4, 3, 9
 MODEL = pj.line(
     {"features": lambda w, x: x @ w["a"], "logits": lambda w, a: a @ w["w"].T + w["b"][None]}, head=lambda w: (w["w"], w["b"])
@@ -23,7 +18,7 @@ def problem():
     """Parameters, inputs and labels in float64."""
     rng = np.random.default_rng(0)
     params = dict(a=rng.normal(size=(5, D)), w=rng.normal(size=(C, D)), b=rng.normal(size=C))
-    with enable_x64(True):
+    with jax.enable_x64(True):
         yield params, rng.normal(size=(B, 5)), rng.integers(0, C, B).astype(np.int32)
 
 
@@ -53,7 +48,7 @@ def run(params, x, y, links, **options):
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 7])
 def test_psi_is_that_of_the_angle_and_falls_without_a_jump(m):
     theta = np.linspace(0, np.pi, 5001)
-    with enable_x64(True):
+    with jax.enable_x64(True):
         found = np.asarray(pj.angle_margin(jnp.cos(theta), margin=m))
     np.testing.assert_allclose(found, psi(theta, m), atol=1e-9)
     assert (np.diff(found) <= 1e-9).all() and np.abs(np.diff(found)).max() < 0.01 * m

@@ -7,11 +7,6 @@ import pytest
 
 import perturbjax as pj
 
-try:
-    from jax import enable_x64
-except ImportError:  # before JAX 0.8
-    from jax.experimental import enable_x64
-
 C, B = 4, 7
 MODEL = pj.line(lambda w, x: x @ w)
 
@@ -20,7 +15,7 @@ MODEL = pj.line(lambda w, x: x @ w)
 def problem():
     """Weights, inputs and labels in float64."""
     rng = np.random.default_rng(0)
-    with enable_x64(True):
+    with jax.enable_x64(True):
         yield rng.normal(size=(5, C)), rng.normal(size=(B, 5)), rng.integers(0, C, B).astype(np.int32)
 
 
