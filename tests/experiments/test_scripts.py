@@ -1,5 +1,6 @@
 """The scripts, run as a user runs them: results.json's form, the report, configs, plug-ins, and bad input."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -74,6 +75,17 @@ def test_every_config_runs_in_its_small_version(name, tmp_path):
     settings = shared.read_config(name)
     compare.main(["--config", name, "--smoke", "--out", str(tmp_path)])
     assert list(results(tmp_path)["methods"]) == [typed for typed, _ in shared.spec.parse_list(settings["methods"])]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_names_methods_views_and_flags_that_exist(name):
+    settings = shared.read_config(name)
+    flags = {field.name for field in dataclasses.fields(compare.CompareSettings)}
+    assert set(settings) - {"smoke"} <= flags and set(settings["smoke"]) <= flags
+    assert all(method(numbers) is not None for method, numbers in shared.parse_methods(settings["methods"]).values())
+    for view in (settings["view"], settings["smoke"].get("view", "none")):
+        calls = () if view == "none" else shared.spec.resolve(shared.spec.parse_chain(view), shared.VIEWS)
+        assert all(shared.VIEWS[call.name](**dict(call.kwargs)) for call in calls)
 
 
 def test_a_flag_overrides_the_config(tmp_path):
