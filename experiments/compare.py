@@ -37,11 +37,9 @@ PLAIN = "ce"
 
 
 @dataclasses.dataclass(frozen=True)
-class CompareSettings(shared.Settings):
-    """Flags of compare.py."""
+class ManySettings(shared.Settings):
+    """Flags of the scripts that train several methods with several seeds."""
 
-    methods: str = "ce, la, lpl(split=frequency), la+lpl, lpg(split=frequency), lpa(split=frequency), sam, pugd"
-    """Methods, separated by commas: a name, settings in brackets, + for a chain. The first one is the reference."""
     seeds: int = 5
     """n: seeds 0 to n-1, each for the split of the data, the initialisation and every draw, the same for all methods."""
     out: str | None = None
@@ -50,6 +48,14 @@ class CompareSettings(shared.Settings):
     """Train all seeds and settings of one structure side by side; if not given: on GPU and TPU."""
     cost_rounds: int = 9
     """Rounds of the paired timing behind the cost ratio; 0: no timing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareSettings(ManySettings):
+    """Flags of compare.py."""
+
+    methods: str = "ce, la, lpl(split=frequency), la+lpl, lpg(split=frequency), lpa(split=frequency), sam, pugd"
+    """Methods, separated by commas: a name, settings in brackets, + for a chain. The first one is the reference."""
 
 
 def main(argv: list[str]) -> None:
@@ -87,7 +93,7 @@ def finished(settings: CompareSettings, file: pathlib.Path, methods: list[str], 
     return found if same and timed else None
 
 
-def summarise(settings: CompareSettings, datasets: list[Dataset], methods: dict, histories: dict) -> dict:
+def summarise(settings: ManySettings, datasets: list[Dataset], methods: dict, histories: dict) -> dict:
     """results.json of the finished runs, with each method's cost and its difference to the first one."""
     results = shared.results_of(
         settings, datasets, range(settings.seeds), {t: shared.record(h, datasets) for t, h in histories.items()}
@@ -118,7 +124,7 @@ class Planned:
         return f"{self.typed}, seed {self.run.seed}"
 
 
-def plan(settings: CompareSettings, datasets: list[Dataset], methods: dict, out: pathlib.Path) -> list[Planned]:
+def plan(settings: ManySettings, datasets: list[Dataset], methods: dict, out: pathlib.Path) -> list[Planned]:
     """All runs, method by method."""
     planned = []
     for typed, (method, numbers) in methods.items():
@@ -137,7 +143,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:4]
 
 
-def train_all(settings: CompareSettings, datasets: list[Dataset], methods: dict, out: pathlib.Path, console: Console) -> dict:
+def train_all(settings: ManySettings, datasets: list[Dataset], methods: dict, out: pathlib.Path, console: Console) -> dict:
     """{method as typed: [History of each seed]}, from the folders of the runs that are finished and by training the others."""
     planned, histories = plan(settings, datasets, methods, out), {}
     for one in planned:
@@ -181,7 +187,7 @@ def begun_groups(planned: list[Planned], out: pathlib.Path) -> list[list[Planned
     return found
 
 
-def train_group(settings: CompareSettings, group: list[Planned], out: pathlib.Path, tick: Callable) -> dict:
+def train_group(settings: ManySettings, group: list[Planned], out: pathlib.Path, tick: Callable) -> dict:
     """{folder: History}. One run trains in its own folder; several in a common one, until they are finished."""
     names = [one.name for one in group]
     common = group[0].folder if len(group) == 1 else out / "runs" / f"together-{digest('; '.join(names))}"

@@ -346,6 +346,11 @@ def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {p.name: p.replace(annotation=hints.get(p.name, UNANNOTATED)) for p in named}
 
 
+def setting_names(factory: Callable[..., Any]) -> tuple[str, ...]:
+    """The settings of a factory, in declaration order."""
+    return tuple(_parameters(factory))
+
+
 def resolve(chain: Sequence[Call], registry: Registry, helpers: Registry | None = None) -> tuple[Call, ...]:
     """Check a chain against the factories' signatures; return it with every value under its setting's name.
 
