@@ -7,7 +7,7 @@
     python experiments/compare.py --config small_longtail --data CIFAR10.npz             # a protocol from experiments/configs
     python experiments/compare.py --config small_longtail --smoke                        # its small version, on digits
 
-Writes results.json and report.html (one file, no scripts) to --out and prints the table. Every run has a folder of its own below
+Writes results.json, report.html (one file, no scripts) and table.md to --out and prints the table. Every run has a folder of its own below
 --out/runs, with its log and checkpoints: interrupted in any way, the same command goes on there; finished runs are not trained again,
 also when methods or seeds are added.
 """
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import shared
-from perturbjax.analysis import paired_difference, print_table, save_results, write_report
+from perturbjax.analysis import paired_difference, print_table, save_results, write_markdown, write_report
 from perturbjax.data import Dataset, epoch_order
 from perturbjax.training import Checkpoints, History, Recipe, Run, RunFolder, cost_ratios, device_data, fit_many, init_state
 from perturbjax.training.devices import to_host
@@ -77,6 +77,7 @@ def main(argv: list[str]) -> None:
             results = summarise(settings, datasets, methods, histories)
             if jax.process_index() == 0:
                 write_report(results, report)
+                write_markdown(results, folder.path / "table.md")
                 save_results(results, results_file)
         print_table(results, console)
         took = time.perf_counter() - started

@@ -5,7 +5,7 @@
     python experiments/sweep.py --method "lpg(inference=pgd)" --over "num_steps=1, 3, 5" --out DIR    # structure: one compilation each
 
 Settings vary one at a time, the others as given, or in all combinations with --cross. The first line of the table is --reference.
-Writes what compare.py writes (results.json, report.html, a folder per run), and SETTING.svg for each setting. Interrupted in any way, the
+Writes what compare.py writes (results.json, report.html, table.md, a folder per run), and SETTING.svg for each setting. Interrupted in any way, the
 same command goes on there; more values cost only their own trainings. On GPU and TPU all runs of one structure train side by side.
 """
 
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from experiments import compare, figures, shared
 from perturbjax import spec, taxonomy
-from perturbjax.analysis import print_table, save_results, write_report
+from perturbjax.analysis import print_table, save_results, write_markdown, write_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
         results = compare.summarise(settings, datasets, methods, histories)
         if jax.process_index() == 0:
             write_report(results, folder.path / "report.html")
+            write_markdown(results, folder.path / "table.md")
             save_results(results, folder.path / "results.json")
             for name in names:
                 drawn = figures.Sensitivity(str(folder.path / "results.json"), name)

@@ -11,7 +11,7 @@ from perturbjax.analysis.metrics import (
     relative_loss_variation,
     top_k_accuracy,
 )
-from perturbjax.analysis.report import load_results, print_table, save_results, table, write_report
+from perturbjax.analysis.report import load_results, markdown, print_table, save_results, table, write_markdown, write_report
 from perturbjax.analysis.statistics import mean_by_class, paired_difference, summary
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "group_accuracy",
     "groups_by_frequency",
     "load_results",
+    "markdown",
     "mean_by_class",
     "paired_difference",
     "per_class_accuracy",
@@ -31,5 +32,6 @@ __all__ = [
     "summary",
     "table",
     "top_k_accuracy",
+    "write_markdown",
     "write_report",
 ]

@@ -47,18 +47,8 @@ def table(results: dict, *, ascii: bool = False, wide: bool = False) -> Table:
       ascii: plain characters only, +/- for ±, for terminals that can't show more. wide: more room between the columns.
     """
     results = _checked("table", results)
-    methods, marks = results["methods"], ("+/-", "-", "-") if ascii else ("±", "-", "–")
-    cells, seeds, first = text_cells(results, *marks), num_seeds(results), next(iter(methods))
+    columns, note = _columns(results, *(("+/-", "-", "-") if ascii else ("±", "-", "–")))
     plain = lambda text: Text(text.encode("ascii", "backslashreplace").decode() if ascii else text)
-    title = {"accuracy": "accuracy", "head": "head", "medium": "med.", "tail": "tail", "memorised": "memo."}
-    title |= {"difference": "difference"}
-    title |= {"cost_ratio": "cost", "gradient_evaluations": "grads", "seconds": "secs"}
-    note = f"accuracy in % at the last epoch, {f'mean {marks[0]} std over {seeds} seeds' if seeds > 1 else 'one seed'}"
-    if "difference" in cells:
-        note += f"; difference to {first} in points" + (", [95 % interval, paired over seeds]" if seeds > 1 else "")
-    note += "; memo.: wrong training labels that the net has learnt" * ("memorised" in cells)
-    note += "; cost: times plain training" * ("cost_ratio" in cells)
-    note += "; grads: gradient evaluations a step" * ("gradient_evaluations" in cells)
     out = Table(
         box=ASCII_HEAD if ascii else box.SIMPLE_HEAD,
         show_edge=False,
@@ -68,18 +58,48 @@ def table(results: dict, *, ascii: bool = False, wide: bool = False) -> Table:
         caption_justify="left",
     )
     out.add_column("method", overflow="fold")
-    shown = [key for key in title if key in cells]
-    for key in shown:
-        out.add_column(title[key], justify="right", no_wrap=True)
-    for i, name in enumerate(methods):
-        out.add_row(plain(name), *(Text(cells[key][i]) for key in shown))
+    for title in columns:
+        out.add_column(title, justify="right", no_wrap=True)
+    for i, name in enumerate(results["methods"]):
+        out.add_row(plain(name), *(Text(cells[i]) for cells in columns.values()))
     return out
+
+
+def markdown(results: dict) -> str:
+    """`table` in Markdown, under the command that made it, for notes and documents."""
+    results = _checked("markdown", results)
+    columns, note = _columns(results)
+    rows = [["method", *columns], ["---", *["---:"] * len(columns)]]
+    rows += [[f"`{name}`", *(cells[i] for cells in columns.values())] for i, name in enumerate(results["methods"])]
+    lines = [f"    {results['command']}", ""] if results.get("command") else []
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([*lines, "", note[:1].upper() + note[1:] + "."]) + "\n"
+
+
+def _columns(results: dict, plus_minus: str = "±", minus: str = "−", none: str = "–") -> tuple[dict[str, list[str]], str]:
+    """({title: one text per method}, what the columns mean), without the columns that have no number at all."""
+    cells, seeds, first = text_cells(results, plus_minus, minus, none), num_seeds(results), next(iter(results["methods"]))
+    title = {"accuracy": "accuracy", "head": "head", "medium": "med.", "tail": "tail", "memorised": "memo."}
+    title |= {"difference": "difference"}
+    title |= {"cost_ratio": "cost", "gradient_evaluations": "grads", "seconds": "secs"}
+    note = f"accuracy in % at the last epoch, {f'mean {plus_minus} std over {seeds} seeds' if seeds > 1 else 'one seed'}"
+    if "difference" in cells:
+        note += f"; difference to {first} in points" + (", [95 % interval, paired over seeds]" if seeds > 1 else "")
+    note += "; memo.: wrong training labels that the net has learnt" * ("memorised" in cells)
+    note += "; cost: times plain training" * ("cost_ratio" in cells)
+    note += "; grads: gradient evaluations a step" * ("gradient_evaluations" in cells)
+    return {title[key]: cells[key] for key in title if key in cells}, note
 
 
 def print_table(results: dict, console: Console | None = None) -> None:
     """Prints `table` to a console (None: standard output); plain characters where the encoding is not UTF."""
     console = console or Console()
     console.print(table(results, ascii=not console.encoding.lower().startswith("utf"), wide=console.width >= 100))
+
+
+def write_markdown(results: dict, path: str | os.PathLike) -> Path:
+    """Writes `markdown` to a file."""
+    return _write(markdown(results), path)
 
 
 def write_report(results: dict, path: str | os.PathLike) -> Path:

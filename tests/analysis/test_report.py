@@ -258,3 +258,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         pa.save_results({"methods": {"\ud800": {}}}, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_markdown_has_the_tables_numbers(tmp_path):
+    results = invent(("ce", "a|b"))
+    text = pa.write_markdown(results, tmp_path / "table.md").read_text()
+    header, line, first, second = [row for row in text.splitlines() if row.startswith("|")]
+    cells = lambda row: [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+    assert len(cells(header)) == len(cells(line)) == len(cells(first)) == len(cells(second))
+    assert cells(header)[:2] == ["method", "accuracy"] and cells(second)[0] == r"`a\|b`"
+    mean, std = (100 * results["methods"]["ce"]["accuracy"][key] for key in ("mean", "std"))
+    assert cells(first)[1] == f"{mean:.1f} ± {std:.1f}"
+    assert "paired over seeds" in text.splitlines()[-1]
