@@ -52,6 +52,8 @@ class AuditSettings(shared.Settings):
     """Passes over the data of each training; more, and wrong labels are learnt too."""
     method: str = "ce"
     """What is trained, as in train.py."""
+    seed: int = 0
+    """Of the view and of the first training; the next ones take the numbers after it."""
     seeds: int = 1
     """Trainings whose signals are averaged; from 2 on, their disagreement is a signal too."""
     evidence: str = "memory"
@@ -79,6 +81,11 @@ class Watched:
         return (dynamics(weight=self.weight), *self.method(numbers))
 
 
+def seeds(settings: AuditSettings) -> range:
+    """Of the trainings."""
+    return range(settings.seed, settings.seed + settings.seeds)
+
+
 @dataclasses.dataclass
 class Evidence:
     """What the trainings say of every sample."""
@@ -94,7 +101,7 @@ def main(argv: list[str]) -> None:
     methods = shared.parse_methods(settings.method, settings.plugin)
     check(settings, methods)
     [(typed, (method, numbers))] = methods.items()
-    dataset = shared.load_view(settings, 0)
+    dataset = shared.load_view(settings, settings.seed)
     shared.check_runs(settings, dataset, methods)
     with shared.prepare_out(settings.out, "audit", settings.view, shared.identity(settings, dataset)) as folder:
         console, began = Console(), time.perf_counter()
@@ -134,6 +141,8 @@ def check(settings: AuditSettings, methods: dict) -> None:
             raise ValueError(f"--{flag} needs {' or '.join(known)}, got {value!r}.")
     if settings.seeds < 1:
         raise ValueError(f"--seeds needs at least 1, got {settings.seeds}.")
+    if settings.seed < 0:
+        raise ValueError(f"--seed needs a number of at least 0, got {settings.seed}.")
     if settings.folds < (2 if settings.evidence == "folds" else 0) or settings.folds == 1:
         raise ValueError(f"--folds needs at least 2, or 0 for no cleanlab, got {settings.folds}.")
     if not 0 < settings.weight < 1:
@@ -144,7 +153,7 @@ def from_memory(settings: AuditSettings, recipe: Recipe, numbers: dict, dataset:
     """The signals that --seeds trainings recorded on the way."""
     watched = dataclasses.replace(recipe, build=Watched(recipe.build, settings.weight))
     parts, wrong = [], []
-    for seed in range(settings.seeds):
+    for seed in seeds(settings):
         history, recorded = trained(settings, watched, numbers, dataset, seed, out / f"seed-{seed}")
         parts.append(mean_dynamics(recorded))
         wrong.append(history)
@@ -158,7 +167,7 @@ def from_memory(settings: AuditSettings, recipe: Recipe, numbers: dict, dataset:
 
 def from_folds(settings: AuditSettings, recipe: Recipe, numbers: dict, dataset: Dataset, out: pathlib.Path) -> Evidence:
     """The signals of out-of-fold predictions."""
-    logits = np.stack([out_of_fold(settings, recipe, numbers, dataset, seed, out) for seed in range(settings.seeds)])
+    logits = np.stack([out_of_fold(settings, recipe, numbers, dataset, seed, out) for seed in seeds(settings)])
     parts = [jax.device_get(sample_signals(l, dataset.train_labels, settings.weight)) for l in logits]
     averaged = {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
     found = audit.signals(averaged)
@@ -244,7 +253,7 @@ def cleanlab(settings, recipe: Recipe, numbers: dict, dataset: Dataset, out: pat
     if importlib.util.find_spec("cleanlab") is None:
         console.print("cleanlab is not installed, so there is no comparison with it: pip install cleanlab")
         return None
-    probability = softmax(out_of_fold(settings, recipe, numbers, dataset, 0, out).astype(np.float64), axis=1)
+    probability = softmax(out_of_fold(settings, recipe, numbers, dataset, settings.seed, out).astype(np.float64), axis=1)
     scores = audit.cleanlab_scores(dataset.train_labels, probability)
     each = {name: audit.quality(score, dataset.flipped) for name, score in scores.items()}
     best = lambda key: max(quality[key] for quality in each.values())
