@@ -137,14 +137,16 @@ def test_list_shows_every_method_with_its_coordinates(capsys):
 
 
 def test_bench_measures_ratios_beside_ideals(tmp_path):
-    small = ["--model", "mlp", "--image-size", "8", "--batch-size", "32", "--rounds", "2"]
-    bench.main([*small, "--methods", "la, lpa(site=stage1), sam", "--json", str(tmp_path / "bench.json")])
+    small = ["--model", "mlp", "--image-size", "8", "--batch-size", "32", "--rounds", "2", "--steps", "2"]
+    methods = "la, lpa(site=stage1), sam, rts(timing=every(2))"
+    bench.main([*small, "--methods", methods, "--json", str(tmp_path / "bench.json")])
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert set(found["ratios"]) == {"la", "lpa(site=stage1)", "sam"} and found["trainer"] > 0
+    assert set(found["ratios"]) == {"la", "lpa(site=stage1)", "sam", "rts(timing=every(2))"} and found["trainer"] > 0
     assert found["data_path"] > 0 and found["checkpoint"] > 0
     for entry in found["ratios"].values():
         assert entry["quotient"] == pytest.approx(entry["ratio"] / entry["ideal"])
     assert found["ratios"]["la"]["ideal"] == 1.0 and found["ratios"]["sam"]["ideal"] == 2.0
+    assert found["ratios"]["rts(timing=every(2))"]["ideal"] == 1.5  # over the steps that were run, not at the first one
     # An MLP of 192-128-64: nearly all of its work stands before stage1, so three steps after it are cheap.
     assert 1.0 < found["ratios"]["lpa(site=stage1)"]["ideal"] < 2.0
 
