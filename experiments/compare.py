@@ -3,6 +3,7 @@
     python experiments/compare.py                                                        # the embedded digits, long-tailed
     python experiments/compare.py --methods "ce, la, lpl(bound=varied), sam+lpg" --seeds 5 --out DIR
     python experiments/compare.py --data CIFAR10.npz --view "longtail(100)" --model resnet20 --batch-size 128 --methods "ce, lpl"
+    python experiments/compare.py --methods "ce, at, uat, cuat" --attack "pgd, universal" # and how they stand attacks
     python experiments/compare.py --list                                                 # all methods
     python experiments/compare.py --config small_longtail --data CIFAR10.npz             # a protocol from experiments/configs
     python experiments/compare.py --config small_longtail --smoke                        # its small version, on digits
@@ -56,6 +57,9 @@ class CompareSettings(ManySettings):
 
     methods: str = "ce, la, lpl(split=frequency), la+lpl, lpg(split=frequency), lpa(split=frequency), sam, pugd"
     """Methods, separated by commas: a name, settings in brackets, + for a chain. The first one is the reference."""
+    attack: str = "none"
+    """Accuracy of the finished nets under attack too: pgd(bound=8/255, num_steps=20), universal(bound=8/255, epochs=5),
+    class_universal; separated by commas. Works on runs that are finished already."""
 
 
 def main(argv: list[str]) -> None:
@@ -67,14 +71,17 @@ def main(argv: list[str]) -> None:
     seeds = range(settings.seeds)
     datasets = [shared.load_view(settings, seed) for seed in seeds]
     shared.check_runs(settings, datasets[0], methods)
+    attacks = shared.attacks_of(settings, datasets[0])
     with shared.prepare_out(settings.out, "compare", settings.view, shared.identity(settings, datasets[0])) as folder:
         console = Console(quiet=jax.process_index() > 0)
         shared.print_notes(datasets[0], console)
         results_file, report = folder.path / "results.json", folder.path / "report.html"
         started = time.perf_counter()
-        if (results := finished(settings, results_file, list(methods), list(seeds))) is None:
-            histories = train_all(settings, datasets, methods, folder.path, console)
-            results = summarise(settings, datasets, methods, histories)
+        results, diverged = finished(settings, results_file, list(methods), list(seeds)), []
+        if results is None or not shared.attacked_before(results, attacks):
+            histories, diverged = train_all(settings, datasets, methods, folder.path, console)
+            results = results or summarise(settings, datasets, methods, histories)
+            attack_all(attacks, plan(settings, datasets, methods, folder.path), results, console)
             if jax.process_index() == 0:
                 write_report(results, report)
                 write_markdown(results, folder.path / "table.md")
@@ -82,6 +89,17 @@ def main(argv: list[str]) -> None:
         print_table(results, console)
         took = time.perf_counter() - started
         console.print(f"{took:.0f} s. Wrote {results_file} and {report}", soft_wrap=True, highlight=False)
+        raise_diverged(diverged)
+
+
+def attack_all(attacks: dict, planned: list["Planned"], results: dict, console: Console) -> None:
+    """Adds the nets' accuracies under attack to the results, which may be those of an earlier command without them."""
+    if not attacks:
+        return
+    results["command"], results["settings"]["attack"] = shared.command_line(), ", ".join(attacks)
+    for typed, entry in results["methods"].items():
+        runs = [(one.folder, one.run.dataset, one.run.seed) for one in planned if one.typed == typed]
+        entry["attacks"] = {**(entry.get("attacks") or {}), **shared.attacked(attacks, runs, console)}
 
 
 def finished(settings: CompareSettings, file: pathlib.Path, methods: list[str], seeds: list[int]) -> dict | None:
@@ -144,9 +162,15 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:4]
 
 
-def train_all(settings: ManySettings, datasets: list[Dataset], methods: dict, out: pathlib.Path, console: Console) -> dict:
-    """{method as typed: [History of each seed]}, from the folders of the runs that are finished and by training the others."""
-    planned, histories = plan(settings, datasets, methods, out), {}
+def train_all(
+    settings: ManySettings, datasets: list[Dataset], methods: dict, out: pathlib.Path, console: Console
+) -> tuple[dict, list[str]]:
+    """({method as typed: [History of each seed]}, what became of the methods that diverged and are missing there).
+
+    Takes the folders of the runs that are finished and trains the others. A method that diverges stops none but itself.
+    Raises FloatingPointError if it is the first one, which the others are compared with.
+    """
+    planned, histories, diverged = plan(settings, datasets, methods, out), {}, {}
     for one in planned:
         with RunFolder(one.folder) as folder:
             folder.claim(one.identity)
@@ -156,18 +180,38 @@ def train_all(settings: ManySettings, datasets: list[Dataset], methods: dict, ou
     taken = {one.folder for group in begun for one in group}
     left = [one for one in planned if one.folder not in histories and one.folder not in taken]
     together = jax.default_backend() != "cpu" if settings.vmapped is None else settings.vmapped
+    waiting = [*begun, *(groups(left) if together else [[one] for one in left])]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
     # Nothing is drawn where there is no terminal: a log file holds the table only.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=len(planned) * settings.epochs, completed=len(histories) * settings.epochs)
-        for group in [*begun, *(groups(left) if together else [[one] for one in left])]:
+        while waiting:
+            group = waiting.pop(0)
+            if len(group) == 1 and group[0].typed in diverged:
+                continue
             names = ", ".join(dict.fromkeys(one.typed for one in group))
             progress.update(
                 bar, description=f"{names}, seed {', '.join(str(s) for s in sorted({one.run.seed for one in group}))}"
             )
             tick = lambda epoch, found, n=len(group): progress.advance(bar, n)
-            histories |= train_group(settings, group, out, tick)
-    return {typed: [histories[one.folder] for one in planned if one.typed == typed] for typed in methods}
+            try:
+                histories |= train_group(settings, group, out, tick)
+            except FloatingPointError as error:
+                if len(group) > 1:  # which of them, and what the others give: one by one
+                    shutil.rmtree(common_folder(group, out))
+                    waiting[:0] = [[one] for one in group]
+                elif group[0].typed == next(iter(methods)):
+                    raise
+                else:
+                    diverged[group[0].typed] = str(error)
+    kept = [typed for typed in methods if typed not in diverged]
+    return {typed: [histories[one.folder] for one in planned if one.typed == typed] for typed in kept}, list(diverged.values())
+
+
+def raise_diverged(diverged: list[str]) -> None:
+    """Raises FloatingPointError if there is something to say."""
+    if diverged:
+        raise FloatingPointError("\n".join([*diverged, "The results are those of the other methods."]))
 
 
 def groups(planned: list[Planned]) -> list[list[Planned]]:
@@ -188,10 +232,16 @@ def begun_groups(planned: list[Planned], out: pathlib.Path) -> list[list[Planned
     return found
 
 
+def common_folder(group: list[Planned], out: pathlib.Path) -> pathlib.Path:
+    """Where a group of runs trains."""
+    if len(group) == 1:
+        return group[0].folder
+    return out / "runs" / f"together-{digest('; '.join(one.name for one in group))}"
+
+
 def train_group(settings: ManySettings, group: list[Planned], out: pathlib.Path, tick: Callable) -> dict:
     """{folder: History}. One run trains in its own folder; several in a common one, until they are finished."""
-    names = [one.name for one in group]
-    common = group[0].folder if len(group) == 1 else out / "runs" / f"together-{digest('; '.join(names))}"
+    names, common = [one.name for one in group], common_folder(group, out)
     with RunFolder(common) as folder:
         folder.claim(group[0].identity if len(group) == 1 else {"runs": names, **group[0].identity})
         try:

@@ -7,6 +7,7 @@ python experiments/figures.py epochs --results DIR/results.json --out epochs.svg
 python experiments/figures.py weights --out weights.svg                      # what samples count for in self-paced learning
 python experiments/figures.py ratio --run DIR --data digits --view none --tau 0.5 --out ratio.svg
                                                                              # ℓ̃/ℓ of self-paced logits, after train.py --out DIR
+python experiments/figures.py gradients --out gradients.svg                  # what methods do to each class's gradient (LPG's Figure 1)
 """
 
 import csv
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import shared
+from experiments.gradients import Gradients, draw_gradients
 from perturbjax import spec
 from perturbjax.analysis.figures import line_plot, loss_ratios, norm_plot, self_paced_weights, sensitivity_plot
 from perturbjax.analysis.plots import curve_plot
@@ -96,6 +98,7 @@ def main(argv: list[str]) -> None:
 
     drawn: dict[type, Callable] = {
         Norms: draw_norms, Sensitivity: draw_sensitivity, Epochs: draw_epochs, Weights: draw_weights, Ratio: draw_ratio,
+        Gradients: draw_gradients,
     }  # fmt: skip
     commands = {kind.__name__.lower(): kind for kind in drawn}
     chosen = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import itertools
+import json
 import pathlib
 import platform
 import re
@@ -23,10 +24,13 @@ from rich.console import Console
 
 from perturbjax import spec, taxonomy
 from perturbjax.analysis import evaluate, load_results, mean_by_class, relative_loss_variation, summary
+from perturbjax.analysis.attack import PGD, Split, Universal, parse_attacks
 from perturbjax.checks import check_number, nearest
 from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load
 from perturbjax.data.text import Tokenizer, read_vectors
+from perturbjax.loss.teacher import load_teacher
 from perturbjax.models import bert_fields, create, load_bert, with_vectors
+from perturbjax.parameter.swad import is_swad
 from perturbjax.training import (
     Devices,
     History,
@@ -42,6 +46,7 @@ from perturbjax.training import (
     split_methods,
     start_processes,
 )
+from perturbjax.training.checkpoint import dump_json
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
@@ -156,7 +161,7 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
 
 RUNTIME = (
     "out", "plugin", "devices", "parallel", "stream", "steps_per_call", "checkpoint_seconds", "log_every", "tensorboard", "coordinator",
-    "num_processes", "process_id", "cost_rounds", "vmapped",
+    "num_processes", "process_id", "cost_rounds", "vmapped", "attack",
 )  # fmt: skip
 """Flags that say where and how fast, not what: a run may go on with others."""
 
@@ -406,6 +411,7 @@ def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tup
         schedule=Schedule(settings.schedule, settings.warmup_epochs, settings.milestones, settings.decay),
         momentum=settings.momentum > 0, nesterov=settings.nesterov, augmentation=augmentation(settings, dataset, own.get("mean")),
         accumulate=settings.accumulate, optimizer=settings.optimizer, initial=initial,
+        num_domains=None if dataset.train_domains is None else len(dataset.domain_names),
     )  # fmt: skip
 
 
@@ -475,7 +481,12 @@ def check_runs(settings: Settings, dataset: Dataset, methods: Mapping[str, tuple
         check_number(flag, low=1, **{flag.strip("-"): value})
     for typed, (method, numbers) in methods.items():
         try:
-            init_state(make_recipe(settings, dataset, method), make_numbers(settings, numbers), sample_data(dataset), 0)
+            recipe = make_recipe(settings, dataset, method)
+            state = init_state(recipe, make_numbers(settings, numbers), sample_data(dataset), 0)
+            if any(is_swad(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_swad)):
+                raise ValueError(
+                    "swad needs validation losses and a window, got a script without them. Write experiments/domains.py."
+                )
         except ValueError as error:
             raise ValueError(f"{typed}: {error}") from error
 
@@ -513,6 +524,66 @@ def record(histories: Sequence[History], datasets: Sequence[Dataset]) -> dict:
         "difference": None,
         "metrics": histories[-1].metrics,
     }
+
+
+def attacks_of(settings: Any, dataset: Dataset) -> dict[str, PGD | Universal]:
+    """The attacks that --attack names, checked before anything is trained."""
+    found = parse_attacks(settings.attack)
+    if found and dataset.tokenizer is not None:
+        raise ValueError("--attack needs images, got texts. Leave it out.")
+    if found and jax.process_count() > 1:
+        raise ValueError(
+            "--attack needs one process, got several. Give the same command without --coordinator once the training is finished."
+        )
+    return found
+
+
+def attacked_before(results: dict, attacks: Mapping[str, Any]) -> bool:
+    """Whether the results hold all these attacks on every method."""
+    return all(set(attacks) <= set(entry.get("attacks") or {}) for entry in results["methods"].values())
+
+
+def attacked(
+    attacks: Mapping[str, PGD | Universal], runs: Sequence[tuple[pathlib.Path, Dataset, int]], console: Console
+) -> dict[str, dict]:
+    """{attack as typed: mean, std, values} of one method's finished runs, (folder, data, seed).
+
+    Each number is kept in its run's attack.json, by the attack's settings and the data, and not computed again.
+    """
+    found: dict[str, list[float]] = {typed: [] for typed in attacks}
+    for folder, dataset, seed in runs:
+        file = folder / "attack.json"
+        kept, net = read_json(file), None
+        for typed, attack in attacks.items():
+            key = f"{attack!r} seed={seed} data={attacked_data(dataset)}"
+            if key not in kept:
+                with console.status(f"attacking {folder.parent.name}/{folder.name}: {typed}"):
+                    net = net or load_teacher(folder)
+                    split = Split(
+                        dataset.train_images,
+                        dataset.train_labels,
+                        dataset.test_images,
+                        dataset.test_labels,
+                        dataset.num_classes,
+                    )
+                    kept[key] = attack.accuracy(net, split, seed)
+                dump_json(file, kept)
+            found[typed].append(kept[key])
+    return {typed: summary(values) for typed, values in found.items()}
+
+
+def attacked_data(dataset: Dataset) -> str:
+    """Training and test set, as hashes."""
+    labels = hashlib.sha256(dataset.train_labels.tobytes() + dataset.test_labels.tobytes()).hexdigest()[:12]
+    return "-".join((images_hash(dataset.train_images), images_hash(dataset.test_images), labels))
+
+
+def read_json(file: pathlib.Path) -> dict:
+    """What the file holds; {} if it is missing or damaged, since it can be made again."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def results_of(settings: Any, datasets: Sequence[Dataset], seeds: Sequence[int], methods: dict) -> dict:

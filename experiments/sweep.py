@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         shared.print_notes(datasets[0], console)
         recipes = {shared.make_recipe(settings, datasets[0], method) for method, _ in methods.values()}
         console.print(f"{len(methods)} settings x {settings.seeds} seeds, {len(recipes)} compiled steps", highlight=False)
-        histories = compare.train_all(settings, datasets, methods, folder.path, console)
+        histories, diverged = compare.train_all(settings, datasets, methods, folder.path, console)
         results = compare.summarise(settings, datasets, methods, histories)
         if jax.process_index() == 0:
             write_report(results, folder.path / "report.html")
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> None:
             f"{time.perf_counter() - started:.0f} s. Wrote results.json, report.html and {', '.join(f'{n}.svg' for n in names)} to "
             f"{folder.path}", soft_wrap=True, highlight=False,
         )  # fmt: skip
+        compare.raise_diverged(diverged)
 
 
 def expand(settings: SweepSettings) -> tuple[list[str], list[str]]:

@@ -29,6 +29,9 @@ class TrainSettings(shared.Settings):
     """Of the data's split, the initialisation and every draw."""
     out: str | None = None
     """Folder for results.json and report.html; runs/train-DATA-VIEW if not given."""
+    attack: str = "none"
+    """Accuracy of the finished nets under attack too: pgd(bound=8/255, num_steps=20), universal(bound=8/255, epochs=5),
+    class_universal; separated by commas. Works on runs that are finished already."""
 
 
 def main(argv: list[str]) -> None:
@@ -44,11 +47,12 @@ def main(argv: list[str]) -> None:
     [(typed, (method, numbers))] = methods.items()
     dataset = shared.load_view(settings, settings.seed)
     shared.check_runs(settings, dataset, methods)
+    attacks = shared.attacks_of(settings, dataset)
     with shared.prepare_out(settings.out, "train", settings.view, shared.identity(settings, dataset, method=typed)) as folder:
         console, results_file = Console(quiet=jax.process_index() > 0), folder.path / "results.json"
         shared.print_notes(dataset, console)
         history, results = shared.finished_run(folder), shared.read_results(results_file)
-        if history is not None and results is not None:
+        if history is not None and results is not None and shared.attacked_before(results, attacks):
             print_table(results, console)
             console.print(f"Finished before, in {folder.path}.", soft_wrap=True, highlight=False)
             return
@@ -64,6 +68,10 @@ def main(argv: list[str]) -> None:
         results = shared.results_of(settings, [dataset], [settings.seed], {typed: shared.record([history], [dataset])})
         if jax.process_index() == 0:
             history.save(folder.finished)
+            if attacks:
+                results["methods"][typed]["attacks"] = shared.attacked(
+                    attacks, [(folder.path, dataset, settings.seed)], console
+                )
             write_report(results, folder.path / "report.html")
             save_results(results, results_file)
         print_table(results, console)

@@ -8,6 +8,7 @@ loss for `chain` and `objective`, and optax links for gradients and parameters),
 from perturbjax.activation.dropout import dropout, dropout_mask
 from perturbjax.activation.lpa import lpa
 from perturbjax.activation.manifold_mixup import manifold_mixup
+from perturbjax.activation.rsc import rsc, top_share
 from perturbjax.bound import layer_scaled, varied, varied_by_frequency
 from perturbjax.classes import class_count, class_mean, class_sum
 from perturbjax.core import (
@@ -26,11 +27,25 @@ from perturbjax.core import (
     objective,
     per_sample_keys,
 )
-from perturbjax.feature.adversarial_training import adversarial_training, random_start
+from perturbjax.feature.adversarial import group_ascent, random_start, shifted
+from perturbjax.feature.adversarial_training import adversarial_training
+from perturbjax.feature.cuat import cuat
+from perturbjax.feature.domain_mixup import domain_mixup, ring_partners
+from perturbjax.feature.mixed_uat import mixed_uat
 from perturbjax.feature.mixup import draw_mixing, mix, mixup
+from perturbjax.feature.uat import uat
 from perturbjax.gradient.clipping import gradient_clipping
+from perturbjax.gradient.dp_sgd import dp_sgd
+from perturbjax.gradient.graddrop import graddrop, graddrop_gradients, graddrop_mask
 from perturbjax.gradient.lpg import lpg, lpg_delta
+from perturbjax.gradient.lpg_duality import logit_gradient_of
+from perturbjax.gradient.lpg_generalization import lpg_bound_term, lpg_generalization_bound
+from perturbjax.gradient.lpg_pgd import lpg_full_delta, lpg_head_delta
+from perturbjax.gradient.lpg_updates import lpg_updates
 from perturbjax.gradient.noise import gradient_noise
+from perturbjax.gradient.normalisation import ngd
+from perturbjax.gradient.pcgrad import pcgrad, pcgrad_coefficients, pcgrad_gradients
+from perturbjax.gradient.perturb_cotangent import perturb_cotangent
 from perturbjax.inference.pgd import Search, pgd
 from perturbjax.inference.proximal import proximal_search, proximal_step, soft_threshold
 from perturbjax.label.adversarial_label_smoothing import adversarial_label_smoothing, adversarially_smoothed
@@ -65,7 +80,9 @@ from perturbjax.loss.balanced_fine_tuning import balanced_fine_tuning
 from perturbjax.loss.center_loss import center_loss, center_penalty, moved_centers
 from perturbjax.loss.class_weighting import class_weighting, class_weights
 from perturbjax.loss.confidence_penalty import confidence_penalty, entropy
+from perturbjax.loss.coral import coral, coral_penalty
 from perturbjax.loss.dac import dac, dac_losses
+from perturbjax.loss.dann import dann, discriminator_init, domain_losses
 from perturbjax.loss.dsl import choose_prototypes, dsl, prototype_labels
 from perturbjax.loss.focal import focal, focal_factor
 from perturbjax.loss.gce import gce, gce_terms
@@ -76,8 +93,16 @@ from perturbjax.loss.sce import reverse_cross_entropy, sce
 from perturbjax.loss.self_paced import loss_quantile, self_paced, self_paced_losses
 from perturbjax.loss.svm import margins, slack, svm
 from perturbjax.loss.teacher import Teacher, load_teacher
+from perturbjax.parameter.amp import amp, amp_project
+from perturbjax.parameter.asam import asam, asam_ascent
+from perturbjax.parameter.esam import esam, esam_ascent, esam_weights
+from perturbjax.parameter.gsam import gsam, gsam_direction
+from perturbjax.parameter.looksam import looksam, looksam_across, looksam_reuse
 from perturbjax.parameter.pugd import pugd, pugd_ascent
+from perturbjax.parameter.rts import rts, rts_ascent, rts_direction
 from perturbjax.parameter.sam import sam, sam_ascent
+from perturbjax.parameter.swad import SWADAverage, swad, swad_interval, swad_window
+from perturbjax.parameter.timing import after, always, by_rate, cosine, every, last, linear, never, plateau
 from perturbjax.projection import project
 from perturbjax.split import Split, all_classes, by_accuracy, by_frequency, by_loss, by_loss_top, by_variance
 

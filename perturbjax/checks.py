@@ -5,7 +5,7 @@ looked at and pass unchecked: whoever builds a method inside a trace builds it o
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -105,3 +105,21 @@ def check_index(function: str, index: Any, num_examples: int) -> None:
             f"{function} needs indices in 0..{num_examples - 1}, got {array[bad[0]]} at position {bad[0]} of the batch. "
             f"Pass num_examples={int(array.max()) + 1}, the size of the whole training set."
         )
+
+
+def domains_of(function: str, side: Mapping[str, jax.Array]) -> jax.Array:
+    """side["domain"] [B], the domain of each sample; raises ValueError where the batch has none (a static fact)."""
+    if "domain" not in side:
+        raise ValueError(
+            f"{function} needs side['domain'], got {sorted(side)}. Write pj.batch(x, y, side={{'domain': d}}), d [B] in 0..D-1."
+        )
+    return side["domain"]
+
+
+def check_domain_count(function: str, num_domains: int | None) -> int:
+    """The number of domains; raises ValueError for less than two."""
+    if num_domains is None or num_domains < 2:
+        raise ValueError(
+            f"{function} needs at least 2 training domains, got {num_domains}. Give data with more, or leave it out."
+        )
+    return num_domains

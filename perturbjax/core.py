@@ -63,6 +63,7 @@ class Context(NamedTuple):
     key: jax.Array | None = None  # this link's own key, the same in `rest`, in the outer pass and in a second pass
     variables: Any = None  # the differentiated ones
     head: Callable[[], tuple[jax.Array, jax.Array]] | None = None  # () -> (W [C, d], b [C])
+    pullback: Callable[[], Callable[[jax.Array], Any]] | None = None  # at the logit gradient: () -> (v [B, C] -> Σ_i J_i v_i)
     scale: float | None = None  # s of a cosine head, whose logits are s·cos θ; the model's own
     validation: Any = None  # a clean batch, for meta-learning
 
@@ -94,7 +95,7 @@ class Perturbation(NamedTuple):
     init: Callable[[Context], Any]
     apply: Callable[[Flow, Rest, Any, Context], tuple[Flow, Any, dict[str, jax.Array]]]
     search: bool = False  # reruns the rest of the pass: left out of the rest of earlier links, so that costs add up
-    needs: tuple[str, ...] = ()  # sites the trace must hold, and "head", "cosine" or "class_counts": checked before training
+    needs: tuple[str, ...] = ()  # sites in the trace, and "head", "cosine", "class_counts", "domains": checked before training
     name: str = ""  # of the method it belongs to, for metrics and messages; set by @method
 
 
@@ -275,6 +276,7 @@ def objective(
     given = {"head"} if made.head is not None else set()
     given |= {"cosine"} if made.scale is not None else set()
     given |= {"class_counts"} if class_counts is not None else set()
+    given |= {"domains"} if num_domains is not None else set()
     for link in links:
         for need in link.needs:
             if need not in given and need not in made.sites + TAIL[:-1]:
@@ -282,6 +284,7 @@ def objective(
                     "head": "Give pj.line(..., head=lambda variables: (W, b)), or create the model with head='linear'.",
                     "cosine": "Create the model with head='cosine' (--head cosine), or give pj.line(..., scale=s).",
                     "class_counts": "Pass class_counts= (numpy.bincount(labels, minlength=C)).",
+                    "domains": "Pass num_domains= and batches with side={'domain': d}, d [B] in 0..D-1 (data with domains in training).",
                     "outputs": "Give the model one more output: create(..., abstain=True), --abstain.",
                 }.get(need, f"The model's sites are {', '.join(made.sites)}: cut it there with pj.line.")
                 raise ValueError(f"{link.name or 'link'} needs {need!r}, got none. {how}")
@@ -321,10 +324,14 @@ class _Pass:
             states[i] = state
             _collect(metrics, self.links[i].name, found)
 
-        at_logits = self._walk(flow, 0, 0, self.context.key, keep, stop=len(self.line.sites))
-        flow = self._walk(at_logits, len(self.line.sites), 0, self.context.key, keep, enter=True)
-        if any(link.site == "logit_gradient" for link in self.links):
-            flow = self._perturb_logit_gradient(at_logits, flow, keep)
+        start = flow
+        at_logits = self._walk(start, 0, 0, self.context.key, keep, stop=len(self.line.sites))
+        backward = any(link.site == "logit_gradient" for link in self.links)
+        # What comes back along the tail is then finished, as without such links, before anything is added to it (see _leave).
+        tail = at_logits._replace(value=jax.lax.optimization_barrier(at_logits.value)) if backward else at_logits
+        flow = self._walk(tail, len(self.line.sites), 0, self.context.key, keep, enter=True)
+        if backward:
+            flow = self._perturb_logit_gradient(start, at_logits, flow, keep)
         return flow, tuple(states), metrics
 
     def _walk(self, flow, start, first_link, key, keep=None, *, stop=None, enter=False):
@@ -380,7 +387,24 @@ class _Pass:
             flow = flow._replace(targets=flow.value)
         return flow._replace(trace={**flow.trace, site: flow.value})
 
-    def _perturb_logit_gradient(self, at_logits: Flow, end: Flow, keep) -> Flow:
+    def _pullback(self, start: Flow) -> Callable[[jax.Array], Any]:
+        """Of the pass to the logits, links included: cotangents [B, C] -> gradients of the variables, constants outside."""
+        variables = jax.lax.stop_gradient(self.context.variables)
+        if self.context.axis_name is not None:
+            # Under shard_map the gradient of what all devices share comes out summed over them; wanted is this device's own.
+            zero = 0 * start.labels.sum()
+            variables = jax.tree.map(lambda w: w + zero.astype(w.dtype), variables)
+
+        def logits(variables):
+            head = None if self.line.head is None else functools.partial(self.line.head, variables)
+            moved = dataclasses.replace(self, context=self.context._replace(variables=variables, head=head))
+            end = moved._walk(start, 0, 0, self.context.key, lambda *_: None, stop=len(self.line.sites))
+            return end.trace["logits"]
+
+        pull = jax.vjp(logits, variables)[1]
+        return lambda cotangents: pull(cotangents)[0]
+
+    def _perturb_logit_gradient(self, start: Flow, at_logits: Flow, end: Flow, keep) -> Flow:
         """Adds h̃ − h to the cotangent of the logits u: ℓ + ⟨δ, u⟩ − sg⟨δ, u⟩ with δ constant, whose value is ℓ exactly."""
         u = at_logits.trace["logits"]
 
@@ -394,7 +418,8 @@ class _Pass:
         for i, link in enumerate(self.links):
             if link.site == "logit_gradient":
                 none = Rest(lambda value, key: (end.value, end))  # the losses don't depend on their own gradient
-                flow, state, found = link.apply(flow, none, self.states[i], self._of(i, self.context.key))
+                context = self._of(i, self.context.key)._replace(pullback=functools.partial(self._pullback, start))
+                flow, state, found = link.apply(flow, none, self.states[i], context)
                 keep(i, state, found)
         delta = jax.lax.stop_gradient(flow.value - before)
         along = jnp.sum(delta * u, axis=-1)

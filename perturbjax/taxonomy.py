@@ -51,6 +51,7 @@ def _plugin(path: str) -> dict[str, Any]:
 def registry(plugins: Sequence[str] = ()) -> dict[str, Any]:
     """Every method by its name and by its short name on the command line."""
     found = methods(plugins)
+    found |= {"erm": perturbjax.ce}  # what domain generalization calls it
     return found | {f.alias: f for f in found.values() if getattr(f, "alias", None)}
 
 
@@ -58,6 +59,7 @@ def helpers() -> dict[str, Any]:
     """The values that settings may be made of: `bound=varied(0.5)`, `split=by_frequency(0.4)`."""
     names = ("varied", "varied_by_frequency", "layer_scaled", "by_accuracy", "by_frequency", "by_variance", "all_classes")
     names += ("head_tail_steps", "proportional_steps")
+    names += ("always", "never", "after", "last", "every", "plateau", "cosine", "linear", "by_rate")
     return {name: getattr(perturbjax, name) for name in names}
 
 

@@ -17,7 +17,7 @@ METHODS = [f for f in vars(pj).values() if hasattr(f, "coordinates")]
 SWITCHABLE = [f for f in METHODS if f.off is not None]
 ON = {"gradient_clipping": dict(bound=0.05), "mbls": dict(margin=0.1)}  # where the defaults do nothing to so small a problem
 # Partners are drawn within the batch at hand, so per-device code mixes within each device's share: by nature, and documented.
-MIX_WITHIN_THE_BATCH = {"mixup", "manifold_mixup"}
+MIX_WITHIN_THE_BATCH = {"mixup", "manifold_mixup", "domain_mixup"}
 
 
 def each(methods):
@@ -28,7 +28,7 @@ def each(methods):
 
 every_method = each(METHODS)
 
-CLASSES, BATCH, SIDE = 5, 16, 4
+CLASSES, BATCH, SIDE, DOMAINS = 5, 16, 4, 3
 
 
 def normalised(x, running, train):
@@ -71,7 +71,8 @@ def problem(seed=0):
     }
     stats = {"a": jnp.zeros([8]), "b": jnp.zeros([6])}
     labels = jax.random.randint(e, [BATCH], 0, CLASSES - 1)
-    return params, stats, pj.batch(jax.random.uniform(d, [BATCH, SIDE, SIDE]), labels, index=100 + jnp.arange(BATCH))
+    side = {"domain": jnp.arange(BATCH, dtype=jnp.int32) % DOMAINS}
+    return params, stats, pj.batch(jax.random.uniform(d, [BATCH, SIDE, SIDE]), labels, index=100 + jnp.arange(BATCH), side=side)
 
 
 COUNTS = np.array([50, 30, 20, 10, 5])
@@ -86,7 +87,9 @@ def parts(made):
 
 def start(made, params, stats, batch):
     links, tx = parts(made)
-    objective = pj.objective(LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=115 + BATCH)
+    objective = pj.objective(
+        LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=115 + BATCH, num_domains=DOMAINS
+    )
     # Buffers of their own: an init may hand out one array twice.
     states = jax.tree.map(jnp.array, objective.init(params, batch.inputs, stats=stats))
     return params, stats, states, tx.init(params)
@@ -97,16 +100,25 @@ def one_step(made, state, batch, key, *, axis_name=None, epoch=1):
     params, stats, states, opt_state = state
     links, tx = parts(made)
     objective = pj.objective(
-        LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=115 + BATCH, axis_name=axis_name
-    )
+        LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=115 + BATCH, num_domains=DOMAINS, axis_name=axis_name
+    )  # fmt: skip
 
-    def loss(params):
-        return objective(params, states, batch, key=key, progress=0.31 * jnp.float32(epoch + 1), epoch=epoch, stats=stats)
+    def loss(params, weights=None):
+        place = dict(key=key, progress=0.31 * jnp.float32(epoch + 1), epoch=epoch, stats=stats)
+        return objective(params, states, batch, weights=weights, **place)
 
     average = (lambda tree: tree) if axis_name is None else (lambda tree: jax.lax.pmean(tree, axis_name))
     (value, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    grad_fn = lambda p: average(jax.grad(loss, has_aux=True)(p)[0])
-    updates, opt_state = tx.update(average(grads), opt_state, params, grad_fn=grad_fn, key=key, labels=batch.labels)
+    grad_fn = lambda p, *, weights=None: average(jax.grad(loss, has_aux=True)(p, weights)[0])
+    given = dict(
+        grad_fn=grad_fn,
+        loss_fn=lambda p: loss(p)[1].losses,
+        key=key,
+        labels=batch.labels,
+        num_classes=CLASSES,
+        axis_name=axis_name,
+    )
+    updates, opt_state = tx.update(average(grads), opt_state, params, **given)
     return (optax.apply_updates(params, updates), average(out.stats), out.states, opt_state), average(value)
 
 

@@ -8,7 +8,7 @@ import shlex
 import pytest
 import tyro
 
-from experiments import audit, bench, compare, shared, train
+from experiments import audit, bench, compare, landscape, shared, sweep, train
 from perturbjax import taxonomy
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
@@ -17,6 +17,8 @@ SCRIPTS = {
     "compare.py": compare.CompareSettings,
     "train.py": train.TrainSettings,
     "bench.py": bench.BenchSettings,
+    "landscape.py": landscape.LandscapeSettings,
+    "sweep.py": sweep.SweepSettings,
 }
 LINES = [line for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 

@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 from perturbjax.analysis import plots
-from perturbjax.analysis.report import num_seeds, text_cells
+from perturbjax.analysis.report import ATTACK, attack_titles, num_seeds, text_cells
 
 
 def page(results: dict) -> str:
@@ -121,12 +121,20 @@ COLUMNS = {
     "gradient_evaluations": ("gradients", "a step"),
     "seconds": ("time", "s"),
 }
+COSTS = ("cost_ratio", "gradient_evaluations", "seconds")
+
+
+def _titles(results):
+    """COLUMNS, with those of the attacks before the costs."""
+    attacks = {key: (escape(short), "%, attacked") for key, short in attack_titles(results).items()}
+    first = {key: title for key, title in COLUMNS.items() if key not in COSTS}
+    return first | attacks | {key: COLUMNS[key] for key in COSTS}
 
 
 def _table(results):
-    cells, methods = text_cells(results), results["methods"]
-    shown = [key for key in COLUMNS if key in cells]
-    head = "".join('<th scope="col">{}<small>{}</small></th>'.format(*COLUMNS[key]) for key in shown)
+    cells, methods, titles = text_cells(results), results["methods"], _titles(results)
+    shown = [key for key in titles if key in cells]
+    head = "".join('<th scope="col">{}<small>{}</small></th>'.format(*titles[key]) for key in shown)
     rows = []
     for i, (name, m) in enumerate(methods.items()):
         breakable = re.sub(r"([(=_])", r"\1<wbr>", escape(name))
@@ -167,13 +175,18 @@ def _reading(results):
         "head": "Mean accuracy of the 30 % of the classes most frequent in the training data (head), of the middle "
         "40 % (medium) and of the rarest 30 % (tail).",
         "memorised": "Share of the training samples with a known wrong label that the trained net predicts as that label. Lower is better.",
+        **{
+            key: f"Test samples classified correctly both as they are and under the attack {escape(key.removeprefix(ATTACK))}."
+            for key in attack_titles(results)
+        },
         "cost_ratio": "Cost of training as a multiple of plain training.",
         "gradient_evaluations": "Gradient evaluations of the whole network in a training step; <em>inner</em>: those "
         "of only the part after the perturbed site.",
         "seconds": "Wall-clock time of training.",
     }
     names = {"head": "head, medium, tail"}
-    items = "".join(f"<dt>{names.get(k, COLUMNS[k][0])}</dt><dd>{v}</dd>\n" for k, v in notes.items() if k in cells)
+    titles = _titles(results)
+    items = "".join(f"<dt>{names.get(k, titles[k][0])}</dt><dd>{v}</dd>\n" for k, v in notes.items() if k in cells)
     return f'<dl class="notes">\n{items}</dl>'
 
 

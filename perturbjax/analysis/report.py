@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+ATTACK = "attack "  # before what was typed, a column's key
 ASCII_HEAD = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # only a line below the header
 
 
@@ -80,12 +81,15 @@ def _columns(results: dict, plus_minus: str = "±", minus: str = "−", none: st
     """({title: one text per method}, what the columns mean), without the columns that have no number at all."""
     cells, seeds, first = text_cells(results, plus_minus, minus, none), num_seeds(results), next(iter(results["methods"]))
     title = {"accuracy": "accuracy", "head": "head", "medium": "med.", "tail": "tail", "memorised": "memo."}
+    attacks = attack_titles(results)
+    title |= attacks
     title |= {"difference": "difference"}
     title |= {"cost_ratio": "cost", "gradient_evaluations": "grads", "seconds": "secs"}
     note = f"accuracy in % at the last epoch, {f'mean {plus_minus} std over {seeds} seeds' if seeds > 1 else 'one seed'}"
     if "difference" in cells:
         note += f"; difference to {first} in points" + (", [95 % interval, paired over seeds]" if seeds > 1 else "")
     note += "; memo.: wrong training labels that the net has learnt" * ("memorised" in cells)
+    note += "".join(f"; {short}: accuracy under {key.removeprefix(ATTACK)}" for key, short in attacks.items())
     note += "; cost: times plain training" * ("cost_ratio" in cells)
     note += "; grads: gradient evaluations a step" * ("gradient_evaluations" in cells)
     return {title[key]: cells[key] for key in title if key in cells}, note
@@ -136,7 +140,17 @@ def text_cells(results: dict, plus_minus: str = "±", minus: str = "−", none: 
     forms |= dict.fromkeys(("cost_ratio", "gradient_evaluations", "inner_evaluations"), lambda x: number(x, "{:.2f}"))
     forms["seconds"] = seconds
     cells = {key: [form(m.get(key)) for m in results["methods"].values()] for key, form in forms.items()}
+    for key in attack_titles(results):
+        cells[key] = [spread((m.get("attacks") or {}).get(key.removeprefix(ATTACK))) for m in results["methods"].values()]
     return {key: column for key, column in cells.items() if any(cell != none for cell in column)}
+
+
+def attack_titles(results: dict) -> dict[str, str]:
+    """{column of an attack: its short name}, numbered where an attack occurs with several settings."""
+    typed = dict.fromkeys(name for m in results["methods"].values() for name in m.get("attacks") or {})
+    short = [re.split(r"[^\w-]", name)[0] for name in typed]
+    number = lambda i: f" {short[: i + 1].count(short[i])}" if short.count(short[i]) > 1 else ""
+    return {ATTACK + name: short[i] + number(i) for i, name in enumerate(typed)}
 
 
 def num_seeds(results: dict) -> int:

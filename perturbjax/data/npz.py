@@ -20,7 +20,8 @@ FAMILIES = IMAGES + TEXTS  # the first that an .npz file has in full is read
 NAMES = ("class_names", "domain_names")
 EXTRAS = (*NAMES, "train_domains", "test_domains", "train_index", "validation_images", "validation_labels")
 OF_TEXTS = ("class_names", "train_index", "train_text_offsets", "test_text_offsets", "text_offsets")
-OPTIONAL = {SPLIT: EXTRAS, KERAS: EXTRAS, SINGLE: (*NAMES, "domains")}
+WHOLE = ("labels", "domains")  # of a split set's source, beside its parts
+OPTIONAL = {SPLIT: (*EXTRAS, *WHOLE), KERAS: EXTRAS, SINGLE: (*NAMES, "domains")}
 OPTIONAL |= {
     SPLIT_TEXTS: (*OF_TEXTS, "validation_text", "validation_text_offsets", "validation_labels"),
     SINGLE_TEXTS: OF_TEXTS,
@@ -64,7 +65,18 @@ def read(path: pathlib.Path, form: text_files.TextForm = text_files.TextForm()) 
         raise ValueError(f"load needs texts for text_length and vocabulary, got images in {str(path)!r}. Leave these out.")
     if family == SINGLE:
         return check(single(path.stem, **values))
+    whole = [values.pop(key, None) for key in WHOLE]
+    values = _left_out(*whole, values) | values
     return check(Dataset(path.stem, *(values.pop(key) for key in family), **values))
+
+
+def _left_out(labels: np.ndarray | None, domains: np.ndarray | None, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{"test_domains": [M]} of a set whose test part is what the training domains leave of the whole; {} if it is something else."""
+    if labels is None or domains is None or "train_domains" not in values or labels.shape != domains.shape:
+        return {}
+    train = np.isin(domains, values["train_domains"])
+    parts = ((labels[train], "train_labels"), (labels[~train], "test_labels"), (domains[train], "train_domains"))
+    return {"test_domains": domains[~train]} if all(np.array_equal(x, values[key]) for x, key in parts) else {}
 
 
 def _missing(path: pathlib.Path, found: set[str]) -> str:

@@ -2,26 +2,18 @@ r"""Adversarial training (AT): trains on the input that projected gradient ascen
 
     δ⁰ ~ U(−ε, ε);   δ ← Π_{‖δ‖ ≤ ε}( δ + α · sign ∇_x ℓ(x + δ) ),   x + δ clipped to the pixel range
 
-Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018; taxonomy eq. 31.
+Fast AT (Wong et al., ICLR 2020) is one step of 1.25 ε from a random start: adversarial_training(bound=8/255, step_size=10/255,
+num_steps=1). Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018; taxonomy eq. 31.
 """
 
-from typing import Literal
-
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_choice, check_number, is_traced
-from perturbjax.core import Context, Flow, Perturbation, Rest, method, per_sample_keys
+from perturbjax.checks import check_number
+from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.feature.adversarial import Step, check_ball, pixel_range, random_start, require_floats, site_shape
 from perturbjax.inference.pgd import pgd
-from perturbjax.projection import NORMS, Norm, project
-
-
-def random_start(key: jax.Array, index: jax.Array, shape: tuple[int, ...], *, bound: ArrayLike, norm: Norm) -> jax.Array:
-    """A random delta for each sample, [B, *shape]: uniform in the cube of half-width `bound`, projected onto the ball."""
-    draw = lambda k: jax.random.uniform(k, shape, minval=-1.0, maxval=1.0)
-    cube = bound * jax.vmap(draw)(per_sample_keys(key, index))
-    return project(cube, jnp.broadcast_to(jnp.asarray(bound, cube.dtype), index.shape), norm)
+from perturbjax.projection import Norm
 
 
 @method(
@@ -34,7 +26,7 @@ def adversarial_training(
     step_size: ArrayLike = 2 / 255,
     num_steps: int = 7,
     norm: Norm = "linf",
-    step: Literal["sign", "unit", "raw"] = "sign",
+    step: Step = "sign",
     site: str = "input",
     value_range: tuple[float, float] | None = (0.0, 1.0),
     random_starts: bool = True,
@@ -54,20 +46,23 @@ def adversarial_training(
 
     Metrics: inner_evaluations.
     """
-    check_number("adversarial_training", low=0, bound=bound, step_size=step_size, num_steps=num_steps)
-    check_choice("adversarial_training", "norm", norm, NORMS)
-    check_choice("adversarial_training", "step", step, ("sign", "unit", "raw"))
-    if site == "input" and value_range is not None and not is_traced(value_range) and norm == "linf":
-        check_number("adversarial_training", high=value_range[1] - value_range[0], bound=bound)
+    check_ball(
+        "adversarial_training", norm=norm, step=step, site=site, value_range=value_range, bound=bound, step_size=step_size
+    )
+    check_number("adversarial_training", low=0, num_steps=num_steps)
+
+    def init(context: Context) -> tuple:
+        site_shape("adversarial_training", context, norm=norm, value_range=value_range, bound=bound)
+        return ()
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
+        require_floats("adversarial_training", flow.value, site)
         shape, count = flow.value.shape[1:], flow.labels.shape[0]
-        clip_to = value_range if context.site == "input" else None
         start = random_start(context.key, flow.index, shape, bound=bound, norm=norm) if random_starts else None
         delta, _ = pgd(
             rest, flow.value, None, count, step_size=step_size, num_steps=num_steps, bound=bound, step=step, norm=norm,
-            start=start, value_range=clip_to, axis_name=context.axis_name,
+            start=start, value_range=pixel_range(value_range, context), axis_name=context.axis_name,
         )  # fmt: skip
         return flow._replace(value=flow.value + delta), state, {"inner_evaluations": jnp.int32(num_steps)}
 
-    return Perturbation(site, lambda context: (), apply, search=True)
+    return Perturbation(site, init, apply, search=True)

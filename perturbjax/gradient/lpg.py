@@ -5,7 +5,8 @@ r"""Learning to perturb gradients (LPG): one perturbation of the logit gradient 
 
 h̄_c is the class's mean logit gradient, taken before the 1/B of a mean loss. s_c = +1 amplifies the class's gradient, −1 dampens
 it; literally eq. 14 turns the gradient round where ε_c > ‖h̄_c‖, the minimiser of eq. 12 on that line stops at zero: `clamp`.
-The forward pass is untouched. Source: "Learning to Perturb Gradients" (LPG), sections 3.4–3.6.
+inference="pgd" searches all of the ball for the δ that makes the class's parameter gradient largest or smallest (lpg_pgd.py).
+The forward pass is untouched. Source: "Learning to Perturb Gradients" (LPG), sections 3.4–3.6; granularity="sample": section 5.
 """
 
 from typing import Any, Literal
@@ -15,9 +16,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.bound import Bound, check_bound, needs, radius
-from perturbjax.checks import check_choice, check_logits_labels
-from perturbjax.classes import AxisName, class_count, class_mean, wide
+from perturbjax.checks import check_choice, check_logits_labels, check_number
+from perturbjax.classes import AxisName, class_count, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.gradient.lpg_generalization import lpg_bound_term
+from perturbjax.gradient.lpg_groups import Granularity, lpg_groups
+from perturbjax.gradient.lpg_pgd import STEPS, Step, lpg_full_delta, lpg_head_delta
 from perturbjax.projection import group_norm, unit
 from perturbjax.split import Clean, Split, as_split
 
@@ -32,6 +36,7 @@ def lpg_delta(
     bound: ArrayLike,
     form: Literal["shift", "scale"] = "shift",
     clamp: bool = True,
+    granularity: Granularity = "category",
     axis_name: AxisName = None,
 ) -> jax.Array:
     """h̃ − h: [B, C], in at least float32, a constant for the gradient; zero where the class's mean gradient is zero.
@@ -43,6 +48,7 @@ def lpg_delta(
       bound: ε_c, in units of the gradient's l2 norm; a number or [C]. Both may be traced.
       form: one shift per class, or a factor of each sample's own gradient.
       clamp: dampening stops at a zero class mean (shift) or a zero gradient (scale).
+      granularity: "sample" takes each sample's own h_i for h̄_c; then both forms are the same.
       axis_name: mapped axis to take class means over.
 
     >>> h, y = jnp.array([[-0.6, 0.6], [-0.2, 0.2]]), jnp.array([0, 0])
@@ -54,16 +60,16 @@ def lpg_delta(
     check_choice("lpg_delta", "form", form, ("shift", "scale"))
     h = wide(jax.lax.stop_gradient(logit_gradients))
     num_classes = h.shape[-1]
-    mean = class_mean(h, labels, num_classes, axis_name=axis_name)
+    groups = lpg_groups(labels, num_classes, granularity, axis_name=axis_name)
+    mean = groups.mean(h)
     norm = group_norm(mean)
-    amount = jnp.broadcast_to(jnp.asarray(direction * bound, h.dtype), [num_classes])
+    amount = groups.of_class(jnp.broadcast_to(jnp.asarray(direction * bound, h.dtype), [num_classes]))
     if clamp:
         amount = jnp.maximum(amount, -norm)
-    own = lambda x: x.at[labels].get(mode="fill", fill_value=0, wrap_negative_indices=False)  # padding has no class: zero
     if form == "shift":
-        return own(amount[:, None] * unit(mean))
+        return groups.spread(amount[:, None] * unit(mean))
     factor = jnp.where(norm > 0, amount / jnp.where(norm > 0, norm, 1), 0)
-    return h * own(factor)[:, None]
+    return h * groups.spread(factor)[:, None]
 
 
 @method(
@@ -78,36 +84,72 @@ def lpg(
     tau: ArrayLike | str | None = None,
     direction: ArrayLike | None = None,
     clamp: bool = True,
+    inference: Literal["closed", "pgd"] = "closed",
+    jacobian: Literal["head", "full"] = "head",
+    num_steps: int = 3,
+    step_size: ArrayLike | None = None,
+    step: Step = "sign",
+    granularity: Granularity = "category",
 ) -> Perturbation:
-    """LPG in closed form: amplifies the gradients of badly learnt (or rare) classes, dampens those of the others.
+    """LPG: amplifies the gradients of badly learnt (or rare) classes, dampens those of the others.
 
     Args:
-      bound: ε_c in units of ‖h‖₂ (at most √2): a number, [C], `varied()`, or a schedule of the step.
-      form, clamp: see `lpg_delta`.
+      bound: ε_c in units of ‖h‖₂ (at most √2): a number, [C], `varied()`, or a schedule of the step (a curriculum).
+      form, clamp: see `lpg_delta`; with "pgd", clamp is that of `lpg_head_delta`.
       split, tau, direction: which classes are amplified. By name: "accuracy" (running top-1 accuracy below τ), "frequency"
-        (N_c < τ, the median), "variance" (noisy classes are dampened), each over whole epochs (Algorithm 1).
+        (N_c < τ, the median), "variance" (noisy classes are dampened), each over whole epochs (Algorithm 1); for another
+        statistic give a Split, such as by_accuracy(update="step").
+      inference: "closed", along h̄_c; or "pgd", eqs. 16–17.
+      jacobian: whose parameters count for "pgd": those of the last linear layer ("head": matrix products only; its bias counts, unless
+        the model's `head` gives b = None), or of the whole network ("full": exact, with room for C gradients, for small nets).
+      num_steps, step_size, step: T, κ (None: 2ε_c/T) and "sign" or "unit" steps of "pgd".
+      granularity: "category", or "sample": every sample its own δ, with its class's direction and bound.
 
-    Metrics: raised, lowered (numbers of classes); bound_term = Σ_c (N_c/N)·ε_c, the last term of Proposition 2.
+    Metrics: raised, lowered (numbers of classes); bound_term = Σ_c (N_c/N)·ε_c, the last term of Proposition 2; with
+    jacobian="full" inner_evaluations, pullbacks with their pushforwards, over all classes.
     """
     check_bound("lpg", bound)
     check_choice("lpg", "form", form, ("shift", "scale"))
+    check_choice("lpg", "inference", inference, ("closed", "pgd"))
+    check_choice("lpg", "jacobian", jacobian, ("head", "full"))
+    check_choice("lpg", "step", step, STEPS)
+    check_choice("lpg", "granularity", granularity, ("category", "sample"))
+    check_number("lpg", low=1, num_steps=num_steps)
+    check_number("lpg", low=0, step_size=step_size)
+    if inference == "closed" and (jacobian != "head" or step_size is not None or step != "sign"):
+        given = f"jacobian={jacobian!r}, step_size={step_size}, step={step!r}"
+        raise ValueError(f"lpg needs inference='pgd' for settings of its search, got {given}. Write inference='pgd'.")
+    if inference == "pgd" and form != "shift":
+        raise ValueError(f"lpg needs form='shift' with inference='pgd', got {form!r}. A factor is for inference='closed'.")
     split = as_split(
         "lpg", split, tau=tau, direction=direction,
         accuracy=dict(measure="top1", update="epoch"), frequency=dict(rule="count", tau="median"),
     )  # fmt: skip
+    reads_head = inference == "pgd" and jacobian == "head"
+
+    def find(flow: Flow, context: Context, **place: Any) -> jax.Array:
+        place |= dict(clamp=clamp, granularity=granularity, axis_name=context.axis_name)
+        if inference == "closed":
+            return lpg_delta(flow.value, flow.labels, form=form, **place)
+        place |= dict(num_steps=num_steps, step_size=step_size, step=step)
+        if jacobian == "full":
+            return lpg_full_delta(flow.value, flow.labels, context.pullback(), **place)
+        bias = context.head()[1] is not None
+        return lpg_head_delta(flow.value, flow.trace["features"], flow.labels, bias=bias, **place)
 
     def apply(flow: Flow, rest: Rest, state: Any, context: Context):
         state = split.update(state, Clean(flow.trace["logits"], flow.labels, flow.targets), context)
         signs = split.direction(state, context)
         eps = radius(bound, default=DEFAULT_BOUND, split=split, state=state, context=context)
-        delta = lpg_delta(
-            flow.value, flow.labels, direction=signs, bound=eps, form=form, clamp=clamp, axis_name=context.axis_name
-        )
+        delta = find(flow, context, direction=signs, bound=eps)
         counts = context.class_counts
         if counts is None:
             counts = class_count(flow.labels, context.num_classes, axis_name=context.axis_name)
-        share = counts.astype(jnp.float32) / jnp.maximum(counts.sum(), 1).astype(jnp.float32)
-        metrics = {"raised": jnp.sum(signs > 0), "lowered": jnp.sum(signs < 0), "bound_term": jnp.sum(share * eps)}
+        metrics = {"raised": jnp.sum(signs > 0), "lowered": jnp.sum(signs < 0), "bound_term": lpg_bound_term(eps, counts)}
+        if jacobian == "full":
+            groups = context.num_classes if granularity == "category" else flow.labels.shape[0]
+            metrics["inner_evaluations"] = jnp.int32((num_steps + 1) * groups)
         return flow._replace(value=flow.value + delta), state, metrics
 
-    return Perturbation("logit_gradient", split.init, apply, needs=needs(bound, split))
+    needed = needs(bound, split) + (("features", "head") if reads_head else ())
+    return Perturbation("logit_gradient", split.init, apply, needs=needed)

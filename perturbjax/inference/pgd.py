@@ -48,6 +48,7 @@ def pgd(
     start: jax.Array | None = None,
     value_range: tuple[float, float] | None = None,
     transform: Callable[[jax.Array], jax.Array] | None = None,
+    pulls: Callable[[jax.Array], jax.Array] | None = None,
     has_aux: bool = False,
     axis_name: AxisName = None,
 ) -> tuple[jax.Array, Search]:
@@ -74,6 +75,7 @@ def pgd(
       start: [G, ...] the delta to start from (random starts; deltas that persist over batches). None: zero.
       value_range: (low, high) that value + delta is clipped to, for pixels: after every step, if each sample has its own delta.
       transform: acts on the group mean gradient [G, ...] before the step (low-rank steps).
+      pulls: losses [B] -> [B] bool, at every step: the gradients of the other samples count as zero (UAT's clipped loss).
       has_aux: whether `loss_of` returns (losses, aux).
       axis_name: mapped axis to average gradients over, for groups that span devices.
 
@@ -127,6 +129,8 @@ def pgd(
         # Differentiated per sample and averaged afterwards: that is right under shard_map too, where a gradient with respect to
         # a shared delta would already be summed over devices.
         gradient, seen = jax.grad(total, has_aux=True)(point)
+        if pulls is not None:
+            gradient = jnp.where(per_group(pulls(seen[0]), gradient), gradient, jnp.zeros_like(gradient))
         mean = wide(gradient) if groups is None else class_mean(gradient, groups, num_groups, axis_name=axis_name)
         mean = mean.astype(dtype) if transform is None else transform(mean.astype(dtype))
         return jax.lax.stop_gradient((seen, mean))

@@ -1,20 +1,41 @@
-"""What the links that look at the gradient elsewhere (SAM, PUGD) share: norms over all parameters, the step up, the call."""
+"""What the links that look at the gradient elsewhere (the SAM family, PUGD, RTS) share: norms over all parameters, the step up, the call.
+
+Two things hold for all of them. BatchNorm's running statistics come from the first pass, the unperturbed one: `grad_fn` writes none,
+so official codes that write them in both passes or in none can't be reproduced in this respect. And a zero gradient stays zero,
+while nan and infinite ones become nan as a whole, for the trainer to see.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.typing import ArrayLike
 
 from perturbjax.classes import wide
 
 
-def unit_tree(tree: Any) -> Any:
-    """tree/‖tree‖ with one l2 norm over all leaves, in at least float32; a zero tree stays zero instead of becoming nan."""
-    wider = jax.tree.map(wide, tree)
-    norm = optax.tree.norm(wider)
-    return jax.tree.map(lambda x, w: (w / jnp.where(norm > 0, norm, 1)).astype(x.dtype), tree, wider)
+def widen(tree: Any) -> Any:
+    """All leaves in at least float32."""
+    return jax.tree.map(wide, tree)
+
+
+def dot(a: Any, b: Any) -> jax.Array:
+    """⟨a, b⟩ over all leaves, in at least float32."""
+    pairs = zip(jax.tree.leaves(widen(a)), jax.tree.leaves(widen(b)), strict=True)
+    return jnp.asarray(sum(jnp.sum(x * y) for x, y in pairs))
+
+
+def safe(norm: jax.Array, epsilon: ArrayLike = 0.0) -> jax.Array:
+    """What to divide by: norm + epsilon, but 1 for 0, and nan for an infinite norm, which would turn finite numbers into zeros."""
+    norm = norm + jnp.asarray(epsilon, norm.dtype)
+    return jnp.where(norm == 0, 1, jnp.where(jnp.isfinite(norm), norm, jnp.nan))
+
+
+def unit_tree(tree: Any, epsilon: ArrayLike = 0.0) -> Any:
+    """tree/(‖tree‖ + epsilon) with one l2 norm over all leaves, in at least float32; a zero tree stays zero."""
+    norm = jnp.sqrt(dot(tree, tree))
+    return jax.tree.map(lambda x: (wide(x) / safe(norm, epsilon).astype(wide(x).dtype)).astype(x.dtype), tree)
 
 
 def move(params: Any, direction: Any, radius: Any = 1.0) -> Any:
@@ -37,6 +58,25 @@ def require(name: str, params: Any, grad_fn: Callable | None) -> None:
         )
 
 
-def at_step(setting: Any, count: jax.Array) -> Any:
-    """A number, or a schedule's value at this step."""
-    return setting(count) if callable(setting) else setting
+def to_climb(name: str, grads: Any, local_grads: Any, sync_perturbation: bool) -> Any:
+    """The gradient to climb along: the whole batch's, or this device's own (m-sharpness).
+
+    Under one jit over several devices a device has no gradient of its own: then `local_grads` is not given, which is an error.
+    """
+    if sync_perturbation:
+        return grads
+    if local_grads is None:
+        raise ValueError(
+            f"{name} needs `local_grads` (each device's own gradient) for sync_perturbation=False, got none: one jit over several "
+            "devices has the whole batch's gradient only. Write --parallel pmap, or sync_perturbation=true."
+        )
+    return local_grads
+
+
+def with_decay(grads: Any, params: Any, decay: ArrayLike) -> Any:
+    """The gradient of loss + decay/2 · ‖params‖², in the gradients' types."""
+    if isinstance(decay, (int, float)) and decay == 0:
+        return grads
+    return jax.tree.map(
+        lambda g, w: (wide(g) + jnp.asarray(decay, wide(g).dtype) * w.astype(wide(g).dtype)).astype(g.dtype), grads, params
+    )

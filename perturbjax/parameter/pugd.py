@@ -12,10 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.core import method
-from perturbjax.parameter.ascent import at_step, move, require, unit_tree
+from perturbjax.parameter.ascent import move, require, unit_tree, widen
+from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
 
 class PUGDState(NamedTuple):
@@ -25,30 +27,33 @@ class PUGDState(NamedTuple):
     evaluations: jax.Array  # [] int32, gradients asked of grad_fn so far
 
 
-def pugd_ascent(params: optax.Params, grads: optax.Updates) -> optax.Updates:
-    """ε̂ = |w| ⊙ g/‖|w| ⊙ g‖, of length 1 over all parameters; zero where w or g is zero."""
-    return unit_tree(jax.tree.map(lambda w, g: jnp.abs(w).astype(g.dtype) * g, params, grads))
+def pugd_ascent(params: optax.Params, grads: optax.Updates, *, epsilon: ArrayLike = 0.0) -> optax.Updates:
+    """ε̂ = |w| ⊙ g/(‖|w| ⊙ g‖ + epsilon), of length 1 over all parameters; zero where w or g is zero."""
+    return unit_tree(jax.tree.map(lambda w, g: jnp.abs(w).astype(g.dtype) * g, params, grads), epsilon)
 
 
 @method(
     target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
     cite="Tseng et al., IJCNN 2022", off=None,
 )  # fmt: skip
-def pugd(*, radius: optax.ScalarOrSchedule = 1.0) -> optax.GradientTransformationExtraArgs:
+def pugd(*, radius: Setting = 1.0, epsilon: ArrayLike = 0.0) -> optax.GradientTransformationExtraArgs:
     """An optax link; ρ = `radius` is a number or a schedule, 0 gives the unit gradient. Costs one more gradient a step.
 
-    `update` takes `grad_fn=`: parameters -> gradients of the same batch's loss, already averaged over devices.
+    `update` takes `grad_fn=`: parameters -> gradients of the same batch's loss, already averaged over devices. `epsilon` is added to
+    both norms (official code: 1e-12).
     """
-    if not callable(radius):
-        check_number("pugd", low=0, radius=radius)
+    check_setting("pugd", radius=radius)
+    check_number("pugd", low=0, epsilon=epsilon)
 
     def init(params):
         return PUGDState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, *, grad_fn=None, **extra_args):
         require("pugd", params, grad_fn)
-        moved = move(params, pugd_ascent(params, updates), at_step(radius, state.count))
-        total = jax.tree.map(jnp.add, grad_fn(moved), updates)
-        return unit_tree(total), PUGDState(optax.safe_increment(state.count), state.evaluations + 1)
+        climb = pugd_ascent(params, widen(updates), epsilon=epsilon)
+        above = grad_fn(move(params, climb, at(radius, Place.of(state.count, extra_args))))
+        unit = unit_tree(move(widen(above), updates), epsilon)
+        unit = jax.tree.map(lambda u, g: u.astype(g.dtype), unit, updates)
+        return unit, PUGDState(optax.safe_increment(state.count), state.evaluations + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -71,6 +71,7 @@ class Feed:
                 None if self.streamed else stack([d.train_images for d in parts]),
                 stack([d.train_labels for d in parts]),
                 stack([d.class_counts.astype(np.int32) for d in parts]),
+                None if parts[0].train_domains is None else stack([d.train_domains for d in parts]),
             )
         )
 

@@ -52,6 +52,8 @@ class Recipe:
     0.999."""
     initial: Callable[[Any], Any] | None = dataclasses.field(default=None, compare=False)
     """Initial parameters -> those to start from: pretrained weights, word vectors. Compiles nothing, so recipes are equal without it."""
+    num_domains: int | None = None
+    """D, where the data has domains; links then find those of a batch in side["domain"]."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,13 +72,15 @@ class DeviceData(NamedTuple):
     images: jax.Array | None  # [N, H, W, channels], uint8 or float32 in [0, 1]; None where they are streamed
     labels: jax.Array  # [N] int32
     class_counts: jax.Array  # [C] int32
+    domains: jax.Array | None = None  # [N] int32 in 0..D-1, where the data has domains
 
 
 def device_data(dataset: Dataset) -> DeviceData:
     """The dataset's training part."""
     return DeviceData(
-        jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels), jnp.asarray(dataset.class_counts, jnp.int32)
-    )
+        jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels), jnp.asarray(dataset.class_counts, jnp.int32),
+        None if dataset.train_domains is None else jnp.asarray(dataset.train_domains),
+    )  # fmt: skip
 
 
 def sample_data(dataset: Dataset) -> DeviceData:
@@ -177,7 +181,7 @@ def build(
     links, transforms = split_methods(recipe.build(numbers["method"]))
     made = objective(
         recipe.model, links, num_classes=recipe.num_classes, class_counts=class_counts, num_examples=recipe.num_examples,
-        axis_name=axis_name,
+        num_domains=recipe.num_domains, axis_name=axis_name,
     )  # fmt: skip
     return made, optimizer(transforms, numbers, recipe)
 
@@ -235,7 +239,8 @@ def draw_batch(recipe: Recipe, state: TrainState, data: DeviceData, index: jax.A
     if recipe.augmentation:
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
         images = recipe.augmentation(images, key, index)
-    return Batch(pixels(images), data.labels[index], index=index)
+    side = {} if data.domains is None else {"domain": data.domains[index]}
+    return Batch(pixels(images), data.labels[index], index=index, side=side)
 
 
 def evaluate_loss(
@@ -261,8 +266,9 @@ def update_arguments(
     value: jax.Array,
     grads: Any,
     average: Callable = lambda x: x,
+    local: bool = True,
 ) -> dict[str, Any]:
-    """What every optimiser link is given beside gradients, state and parameters."""
+    """What every optimiser link is given beside gradients, state and parameters. local: whether `grads` is one device's own."""
     loss_key, update_key = step_keys(state)
 
     def grad_fn(params, *, weights=None):
@@ -270,9 +276,16 @@ def update_arguments(
         loss = lambda p: evaluate_loss(made, p, state, recipe, batch, loss_key, weights=weights)
         return average(jax.grad(loss, has_aux=True)(params)[0])
 
+    def loss_fn(params):
+        """The losses [B] of that pass (this device's share)."""
+        return evaluate_loss(made, params, state, recipe, batch, loss_key)[1].losses
+
+    counted = state.step // recipe.accumulate * recipe.accumulate  # the learning rate changes with the optimiser's own steps
     return dict(
-        grad_fn=grad_fn, value=value, step=state.step, progress=state.step.astype(jnp.float32) / recipe.total_steps,
-        labels=batch.labels, local_grads=grads, key=update_key,
+        grad_fn=grad_fn, loss_fn=loss_fn, value=value, step=state.step, progress=state.step.astype(jnp.float32) / recipe.total_steps,
+        rate=recipe.schedule.factor(recipe.steps_per_epoch, recipe.total_steps)(counted),
+        labels=batch.labels, local_grads=grads if local else None, key=update_key, side=batch.side, axis_name=made.context.axis_name,
+        num_classes=made.context.num_classes, num_domains=made.context.num_domains,
     )  # fmt: skip
 
 
@@ -285,10 +298,12 @@ def train_step(
     images: jax.Array | None = None,
     *,
     axis_name: str | None = None,
+    local: bool = True,
 ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
     """One optimiser step on the samples `index` [B]: (new state, metrics, the perturbed losses [B]).
 
     images: as in `draw_batch`. axis_name: of the devices in per-device code (pmap); `index` is then this device's share.
+    local: False in one program for several devices, where no device has a gradient of its own.
     """
     made, tx = build(recipe, numbers, data.class_counts, axis_name)
     batch = draw_batch(recipe, state, data, index, images)
@@ -296,8 +311,8 @@ def train_step(
     loss = lambda params: evaluate_loss(made, params, state, recipe, batch, step_keys(state)[0])
     (value, out), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     value, metrics, stats = average((value, out.metrics, out.stats))
-    arguments = update_arguments(made, state, recipe, batch, value, grads, average)
-    updates, opt_state = tx.update(average(grads), state.opt_state, state.params, **arguments)
+    arguments = update_arguments(made, state, recipe, batch, value, grads, average, local)
+    updates, opt_state = tx.update(average(grads), state.opt_state, state.params, losses=out.losses, **arguments)
     after = TrainState(optax.apply_updates(state.params, updates), stats, opt_state, out.states, state.step + 1, state.key)
     return after, {"loss": value, **metrics}, out.losses
 
@@ -321,11 +336,11 @@ def compiled_step(recipe: Recipe, devices: Devices | None = None, vmapped: str |
 
 @functools.cache
 def _compiled_step(recipe: Recipe, devices: Devices, vmapped: str | None) -> Callable:
-    axis_name = AXIS if devices.mapped else None
+    axis_name, local = AXIS if devices.mapped else None, devices.mapped or devices.count == 1
 
     def steps(state, numbers, data, index, images=None):
         def step(state, rows):
-            state, metrics, losses = train_step(recipe, state, numbers, data, *rows, axis_name=axis_name)
+            state, metrics, losses = train_step(recipe, state, numbers, data, *rows, axis_name=axis_name, local=local)
             return state, (metrics, losses)
 
         if index.shape[0] == 1:

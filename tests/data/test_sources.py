@@ -82,7 +82,10 @@ def test_a_held_out_domain_file_loads_by_its_split(write):  # the keys of the PA
     d = load(write(**SPLIT, **whole, **names, train_domains=np.arange(20) // 10))
     np.testing.assert_array_equal(d.train_images, SPLIT["train_images"])
     np.testing.assert_array_equal(d.train_domains, np.arange(20) // 10)
-    assert d.test_domains is None and d.domain_names == ("art", "photo", "sketch")
+    np.testing.assert_array_equal(d.test_domains, np.full(10, 2))  # what the training domains leave of the whole
+    assert d.domain_names == ("art", "photo", "sketch")
+    other = whole | {"labels": np.roll(LABELS, 1)}  # not the whole of these parts: their domains are unknown
+    assert load(write(**SPLIT, **other, **names, train_domains=np.arange(20) // 10)).test_domains is None
 
 
 def test_errors_count_positions_in_the_whole_single_set(write):

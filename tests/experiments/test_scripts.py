@@ -136,6 +136,30 @@ def test_list_shows_every_method_with_its_coordinates(capsys):
     assert "adversarial" in shown and "category" in shown
 
 
+@pytest.mark.parametrize("vmapped", ["False", "True"])
+def test_a_method_that_diverges_takes_no_other_down(vmapped, tmp_path):
+    flags = [
+        "--seeds",
+        "2",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "32",
+        "--cost-rounds",
+        "0",
+        "--vmapped",
+        vmapped,
+        "--out",
+        str(tmp_path),
+    ]
+    with pytest.raises(FloatingPointError, match="The results are those of the other methods") as raised:
+        compare.main(["--methods", "ce, lpg(split=all, bound=1e30), lpg(split=all, bound=0.1)", *flags])
+    assert "lpg(split=all, bound=1e30)" in str(raised.value)
+    assert list(results(tmp_path)["methods"]) == ["ce", "lpg(split=all, bound=0.1)"]
+    with pytest.raises(FloatingPointError, match="needs finite losses"):
+        compare.main(["--methods", "lpg(split=all, bound=1e30), ce", *flags])
+
+
 def test_bench_measures_ratios_beside_ideals(tmp_path):
     small = ["--model", "mlp", "--image-size", "8", "--batch-size", "32", "--rounds", "2", "--steps", "2"]
     methods = "la, lpa(site=stage1), sam, rts(timing=every(2))"

@@ -141,3 +141,12 @@ def test_errors_say_what_was_given():
         pj.adversarial_training(norm="max")
     with pytest.raises(ValueError, match="needs step to be one of its names, got 'big'"):
         pj.adversarial_training(step="big")
+
+
+def test_fast_adversarial_training_is_one_long_step_from_a_random_start():
+    """Wong et al.: δ ← clip(U(−ε, ε) + 1.25 ε · sign ∇, ±ε)."""
+    params, x, y = problem(0.3, 0.7)
+    start = pj.random_start(jax.random.fold_in(jax.random.key(0), 0), jnp.arange(B), (2, 3), bound=0.1, norm="linf")
+    slope = jax.grad(lambda x: losses_of(params, x, y).sum())(x + start)
+    _, _, moved = run(pj.adversarial_training(bound=0.1, step_size=0.125, num_steps=1), params, x, y)
+    np.testing.assert_allclose(moved - x, np.clip(start + 0.125 * np.sign(slope), -0.1, 0.1), atol=1e-6)

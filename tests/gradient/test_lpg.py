@@ -3,9 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import perturbjax as pj
+from perturbjax import spec, taxonomy
+
+try:
+    from jax import enable_x64
+except ImportError:  # before JAX 0.8
+    from jax.experimental import enable_x64
 
 C, B, D = 4, 9, 4
 SIGN = np.array([1.0, -1.0, 1.0, -1.0])
@@ -23,7 +30,7 @@ def problem():
 
 @pytest.fixture
 def float64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 
@@ -39,6 +46,7 @@ def probabilities(u):
 def run(links, problem, states=None, *, counts=COUNTS, weights=None, **place):
     """(loss, Output, gradients) of one pass."""
     params, x, y = problem
+    x = jnp.asarray(x)
     made = pj.objective(MODEL, links, num_classes=C, class_counts=counts)
     states = made.init(params, x) if states is None else states
     batch = pj.batch(x, jnp.asarray(y), weights=weights)
@@ -110,8 +118,8 @@ def test_the_delta_is_a_constant():
 
 def test_samples_of_no_class_get_nothing():
     h, y = jnp.array([[0.5, -0.5], [0.3, -0.3], [0.2, -0.2]]), jnp.array([0, -1, 2])
-    for form in ("shift", "scale"):
-        delta = pj.lpg_delta(h, y, direction=1.0, bound=0.1, form=form)
+    for options in (dict(form="shift"), dict(form="scale"), dict(granularity="sample")):
+        delta = pj.lpg_delta(h, y, direction=1.0, bound=0.1, **options)
         np.testing.assert_array_equal(delta[1:], 0.0)
         np.testing.assert_allclose(jnp.linalg.norm(delta[0]), 0.1, rtol=1e-6)
 
@@ -123,6 +131,28 @@ def test_shift_has_the_length_of_the_bound_and_sums_to_zero(problem, float64):
     delta = pj.lpg_delta(jnp.asarray(h), jnp.asarray(y), direction=1.0, bound=0.3)
     np.testing.assert_allclose(np.linalg.norm(delta, axis=1), 0.3, rtol=1e-9)
     np.testing.assert_allclose(delta.sum(1), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["shift", "scale"])
+@pytest.mark.parametrize("clamp", [True, False])
+def test_every_sample_its_own(problem, float64, form, clamp):
+    """h_i changes its own length by s_c·ε_c, no further down than to zero if clamped; both forms say the same."""
+    params, x, y = problem
+    h = probabilities(np.asarray(forward(params, x))) - np.eye(C)[y]
+    eps = np.array([0.1, 0.9, 0.3, 0.4])
+    ours = pj.lpg_delta(jnp.asarray(h), jnp.asarray(y), direction=SIGN, bound=eps, form=form, clamp=clamp, granularity="sample")
+    length = np.linalg.norm(h, axis=1)
+    amount = (SIGN * eps)[y]
+    assert (amount < -length).any() and (amount > -length).any()
+    amount = np.maximum(amount, -length) if clamp else amount
+    np.testing.assert_allclose(ours, h * (amount / length)[:, None], rtol=1e-9, atol=1e-12)
+
+
+def test_samples_with_one_gradient_are_their_class(float64):
+    """Where a class's samples agree, its mean is each of them: the two granularities are one."""
+    h, y = np.random.default_rng(2).normal(size=(C, C))[[0, 0, 1, 2, 2]], jnp.array([0, 0, 1, 2, 2])
+    both = [pj.lpg_delta(jnp.asarray(h), y, direction=SIGN, bound=0.3, granularity=g) for g in ("category", "sample")]
+    np.testing.assert_allclose(both[0], both[1], rtol=1e-9)
 
 
 # ----------------------------------------------------------------------------------------------------- the transform
@@ -256,6 +286,112 @@ def test_varied_bound_by_frequency(problem):
     _, out, _ = run(pj.lpg(bound=pj.varied(eps=0.1, delta_eps=0.3), split="frequency"), problem)
     eps = 0.1 + 0.3 * np.abs(0.5 - np.array([3, 1, 4, 2]) / 4)
     np.testing.assert_allclose(out.metrics["lpg/bound_term"], (COUNTS / COUNTS.sum() * eps).sum(), rtol=1e-6)
+
+
+def batch_statistics(kind, problem):
+    """What a split keeps of one batch, by class: sums [C, k] and counts [C]."""
+    params, x, y = problem
+    u = np.asarray(forward(params, x))
+    if kind == "variance":
+        h = probabilities(u) - np.eye(C)[y]
+        values = np.concatenate([h, (h**2).sum(1, keepdims=True)], axis=1)
+    elif kind == "top1":
+        values = (u.argmax(1) == y)[:, None].astype(float)
+    else:
+        values = probabilities(u)[np.arange(B), y][:, None]
+    member = np.eye(C)[y]
+    return member.T @ values, member.sum(0)
+
+
+def running(kind, problems, epochs, update):
+    """(statistic [C], seen [C]) in use at the last step: an average over steps (decay 0.9), or the mean over the last whole epoch."""
+    kept, seen = None, np.zeros(C, bool)
+    if update == "step":
+        for one in problems:
+            total, count = batch_statistics(kind, one)
+            now, here = total / np.maximum(count, 1)[:, None], count > 0
+            kept = now if kept is None else kept
+            moved = np.where(seen[:, None], 0.9 * kept + 0.1 * now, now)
+            kept, seen = np.where(here[:, None], moved, kept), seen | here
+    else:
+        found = [batch_statistics(kind, one) for one, epoch in zip(problems, epochs) if epoch == epochs[-1] - 1]
+        total, count = (sum(part) for part in zip(*found))
+        kept, seen = total / np.maximum(count, 1)[:, None], count > 0
+    return (kept[:, -1] - (kept[:, :-1] ** 2).sum(1) if kind == "variance" else kept[:, 0]), seen
+
+
+# Thresholds with classes on both sides in the test below.
+NUMBERS = {"step": dict(probability=0.28, top1=0.08, variance=0.13), "epoch": dict(probability=0.28, top1=0.2, variance=0.13)}
+
+
+@pytest.mark.parametrize("update", ["step", "epoch"])
+@pytest.mark.parametrize("tau", ["mean", "median", "number"])
+@pytest.mark.parametrize("kind", ["probability", "top1", "variance"])
+def test_each_split_statistic_threshold_and_varied_bound_can_be_set(problem, kind, tau, update):
+    """Steps in the epochs 0, 0, 1 on different batches: the same step as with direction and bound worked out in numpy."""
+    tau = NUMBERS[update][kind] if tau == "number" else tau
+    params, _, y = problem
+    rng = np.random.default_rng(11)
+    problems = [(params, rng.normal(size=(B, D)), rng.permutation(y)) for _ in range(3)]
+    made = f"by_variance(tau={tau}, update={update})" if kind == "variance" else f"by_accuracy({tau}, {kind}, {update})"
+    text = f"lpg(bound=varied(0.1, 0.4), split={made})"
+    structure, numbers = spec.split_numbers(spec.parse_chain(text), taxonomy.registry(), taxonomy.helpers())
+    [link] = spec.build(structure, numbers, taxonomy.registry(), taxonomy.helpers())
+    states = None
+    for one, epoch in zip(problems, (0, 0, 1)):
+        _, out, grads = run(link, one, states, epoch=jnp.int32(epoch))
+        states = out.states
+    statistic, seen = running(kind, problems, (0, 0, 1), update)
+    threshold = {"mean": statistic[seen].mean(), "median": np.median(statistic[seen])}.get(tau, tau)
+    raised = {"variance": statistic <= threshold, "top1": statistic < threshold}.get(kind, statistic <= threshold)
+    sign = np.where(seen, np.where(raised, 1.0, -1.0), 0.0)
+    top = statistic.max() if kind == "variance" else 1.0
+    eps = 0.1 + 0.4 * np.abs(np.clip(threshold / top, 0, 1) - statistic / top)
+    _, expected_out, expected = run(pj.lpg(bound=jnp.asarray(eps, jnp.float32), direction=sign), problems[-1])
+    assert_close(grads, expected, rtol=1e-4, atol=1e-5)
+    for name in ("lpg/raised", "lpg/lowered", "lpg/bound_term"):
+        np.testing.assert_allclose(out.metrics[name], expected_out.metrics[name], rtol=1e-4)
+    assert (sign > 0).any() and (sign < 0).any()
+
+
+@pytest.mark.parametrize("name", ["accuracy", "variance", "frequency"])
+def test_by_name_the_splits_are_the_paper_s(problem, name):
+    """Over whole epochs: top-1 accuracy, variance of the logit gradient, counts against the median; tau comes with the name."""
+    split = {
+        "accuracy": lambda tau: pj.by_accuracy(measure="top1", update="epoch", tau=tau),
+        "variance": lambda tau: pj.by_variance(update="epoch", tau=tau),
+        "frequency": lambda tau: pj.by_frequency(rule="count", tau=tau),
+    }[name]
+    for tau in ("median", 12.0 if name == "frequency" else 0.35):
+        states = others = None
+        for epoch in range(2):
+            _, out, grads = run(pj.lpg(bound=0.2, split=name, tau=tau), problem, states, epoch=jnp.int32(epoch))
+            _, other, same = run(pj.lpg(bound=0.2, split=split(tau)), problem, others, epoch=jnp.int32(epoch))
+            states, others = out.states, other.states
+        assert_close(grads, same, rtol=0, atol=0)
+        assert int(out.metrics["lpg/raised"]) + int(out.metrics["lpg/lowered"]) == (4 if name == "frequency" else 3)
+
+
+@pytest.mark.optax_promotes
+@pytest.mark.parametrize("settings", [dict(), dict(inference="pgd", jacobian="full"), dict(granularity="sample")], ids=str)
+def test_a_curriculum_over_the_bound_is_a_schedule_of_the_step(problem, settings):
+    """One compiled step serves all of it; at step k it is the step with the bound ε(k), in PGD its step size 2ε(k)/T too."""
+    params, x, y = problem
+    schedule = optax.linear_schedule(0.0, 0.5, transition_steps=4)
+    made = pj.objective(MODEL, pj.lpg(bound=schedule, direction=SIGN, **settings), num_classes=C)
+    states, traces = made.init(params, jnp.asarray(x)), []
+
+    @jax.jit
+    def gradient(step):
+        traces.append(1)
+        return jax.grad(made, has_aux=True)(params, states, pj.batch(x, jnp.asarray(y)), step=step)[0]
+
+    plain = run((), problem)[2]
+    assert_close(gradient(jnp.int32(0)), plain, rtol=1e-5, atol=1e-6)
+    for step, bound in ((2, 0.25), (4, 0.5), (9, 0.5)):
+        _, _, fixed = run(pj.lpg(bound=bound, direction=SIGN, **settings), problem)
+        assert_close(gradient(jnp.int32(step)), fixed, rtol=1e-4, atol=1e-5)
+    assert len(traces) == 1
 
 
 def test_errors_say_what_was_given():

@@ -1,0 +1,503 @@
+"""Domain generalization: trains on all domains but one, tests on that one, for every domain; DomainBed's protocol and table.
+
+    python experiments/domains.py --data PACS.npz --steps 1000                                    # eight methods, three seeds
+    python experiments/domains.py --data PACS.npz --methods "erm, coral, dann, rsc, swad, lpa" --seeds 1 --steps 50 --out DIR
+    python experiments/domains.py --data PACS.npz --methods "erm, lpa(bound=0.1), lpa+swad" --held-out sketch photo
+    python experiments/domains.py --data FOLDER --image-size 224 --model resnet20                 # FOLDER/domain/class/image
+
+Every domain is split 80/20 by class, the split drawn with the seed. Training takes --batch-size samples of the 80 % of each training
+domain in every step; the 20 % of the training domains choose the step (best mean accuracy over them: training-domain validation), and
+the accuracy there on the 80 % of the left-out domain is reported, which nothing was chosen by. SWAD's weights are averaged over the
+window that the validation losses give instead. Unlike DomainBed's, the 20 % are not augmented, nothing is pretrained, and there is one
+setting per method, no random search: numbers compare methods here, not with published ones.
+
+Writes domains.json and table.md to --out and prints the table. A run that is finished is not trained again: the same command, also with
+more methods, seeds or left-out domains, trains what is missing.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments import shared
+from experiments.compare import digest
+from perturbjax import objective, spec
+from perturbjax.analysis import summary
+from perturbjax.checks import check_choice, check_number
+from perturbjax.data import Dataset
+from perturbjax.data.domains import DomainSplit, domain_batches, missing_classes, pooled, split_domains
+from perturbjax.parameter.swad import SWADAverage, is_swad, swad_interval
+from perturbjax.training import DeviceData, Devices, Recipe, RunFolder, TrainState, init_state, predict
+from perturbjax.training.checkpoint import dump_json
+from perturbjax.training.feed import step_size
+from perturbjax.training.loop import EVALUATION_BATCH
+from perturbjax.training.step import as_arrays, compiled_step, draw_batch
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Means and deviations of the channels, as in DomainBed: statistics of our own would look at the left-out domain."""
+SELECTION = (
+    "Accuracy on 80 % of the left-out domain, at the step with the best mean accuracy on 20 % of each training domain "
+    "(training-domain validation); SWAD: weights averaged over the window found on those 20 %."
+)
+STATS_BATCHES = 50
+"""Training batches from which BatchNorm's statistics of averaged weights are computed."""
+NOT_HERE = ("epochs", "recipe", "stream", "checkpoint_seconds", "log_every", "tensorboard")
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainsSettings(shared.Settings):
+    """Flags of domains.py."""
+
+    methods: str = "erm, coral, dann, domain_mixup, manifold_mixup, rsc, swad, lpa"
+    """Methods, separated by commas: a name, settings in brackets, + for a chain. lpa raises all classes if it says nothing else."""
+    seeds: int = 3
+    """n: seeds 0 to n-1, each for the splits, the initialisation and every draw, the same for all methods."""
+    steps: int = 1000
+    """Optimiser steps of a run."""
+    evaluate_every: int | None = None
+    """Steps between two evaluations (SWAD needs about ten in all, or more); a tenth of the steps if not given."""
+    held_out: tuple[str, ...] = ()
+    """Domains to leave out in turn; all if not given."""
+    out: str | None = None
+    """Folder for domains.json and table.md; runs/domains-DATA-VIEW if not given."""
+    view: str = "none"
+    """What is made of the data first: none, shrink(size), thin(per_class), drop_duplicates; + chains."""
+    model: str = "cnn"
+    """mlp, cnn, resnet8/20/32/44/56/110, wrn16-8, wrn28-10."""
+    batch_size: int = 32
+    """Samples of each training domain in a step."""
+    epochs: int = 0
+    """Not for domains.py, which counts --steps."""
+    learning_rate: float = 1e-3
+    """Base learning rate; DomainBed has 5e-5 for a pretrained ResNet-50."""
+    optimizer: str = "adam"
+    """sgd, adam or adamw."""
+    weight_decay: float = 0.0
+    """Weight decay on all parameters; coupled, but for adamw."""
+    schedule: str = "constant"
+    """cosine (to zero), step or constant, after the warm-up; epochs are those of the average training set."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepsRecipe(Recipe):
+    """A recipe whose length is counted in steps; the same for all left-out domains, whose training sets differ in size."""
+
+    steps: int = 1
+    epoch_steps: int = 1
+    """What counts as an epoch, for schedules and for statistics by epoch."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of the average training set."""
+        return self.epoch_steps
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps
+
+
+class Job(NamedTuple):
+    """One run: a method, a left-out domain, a seed."""
+
+    typed: str
+    method: shared.Method
+    numbers: tuple
+    domain: int
+    seed: int
+
+
+def main(argv: list[str]) -> None:
+    """Runs all methods on all left-out domains."""
+    settings = shared.first_flags(argv, DomainsSettings, __doc__)
+    check_flags(settings)
+    methods, notes = parse_methods(settings)
+    dataset = pooled(shared.load_view(settings, 0))
+    held = held_out_domains(settings, dataset)
+    for domain, seed in itertools.product(held, range(settings.seeds)):
+        next(domain_batches(split_domains(dataset, domain, seed=seed).train, settings.batch_size, seed=0))
+    check_methods(settings, dataset, methods)
+    identity = run_identity(settings, dataset)
+    with shared.prepare_out(settings.out, "domains", settings.view, identity) as folder:
+        console = Console()
+        shared.print_notes(dataset, console)
+        for note in [*missing_classes(dataset), *notes]:
+            console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+        jobs = [
+            Job(typed, *what, domain, seed)
+            for typed, what in methods.items()
+            for domain in held
+            for seed in range(settings.seeds)
+        ]
+        started = time.perf_counter()
+        runs, trained, steps = run_all(settings, dataset, jobs, folder.path, identity, console)
+        results = results_of(settings, dataset, held, runs)
+        dump_json(folder.path / "domains.json", results)
+        (folder.path / "table.md").write_text(markdown(results))
+        print_results(results, console)
+        took = time.perf_counter() - started
+        console.print(
+            f"{took:.0f} s: {trained} of {len(jobs)} runs trained, {steps} compiled steps. "
+            f"Wrote {folder.path / 'domains.json'} and {folder.path / 'table.md'}",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ what is to be done
+
+
+def check_flags(settings: DomainsSettings) -> None:
+    """Raises ValueError for flags that can't be."""
+    defaults = DomainsSettings()
+    for name in NOT_HERE:
+        if getattr(settings, name) != getattr(defaults, name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} is not for domains.py, got {getattr(settings, name)!r}. Leave it out; --steps is the length."
+            )
+    check_number("--seeds", low=1, seeds=settings.seeds)
+    check_number("--steps", low=1, steps=settings.steps)
+    check_number("--evaluate-every", low=1, high=settings.steps, evaluate_every=settings.evaluate_every)
+    if settings.parallel != "jit":
+        raise ValueError(f"--parallel needs jit here, got {settings.parallel!r}. Leave it out.")
+
+
+def parse_methods(settings: DomainsSettings) -> tuple[dict[str, tuple[shared.Method, tuple]], list[str]]:
+    """(methods by their name as typed, what to say of them). LPA raises all classes unless it says how it splits them."""
+    found: dict[str, tuple[shared.Method, tuple]] = {}
+    notes = []
+    for typed, chain in spec.parse_list(settings.methods):
+        raised = [_all_raised(call) for call in chain]
+        if raised != list(chain):
+            notes.append(f"{typed} is {spec.canonical(raised)}: all classes are raised, as in LPA's domain generalization.")
+        if typed in found:
+            raise ValueError(f"--methods needs every method once, got {typed!r} twice. Remove one of them.")
+        [found[typed]] = shared.parse_methods(spec.canonical(raised), settings.plugin).values()
+    return found, notes
+
+
+def _all_raised(call: spec.Call) -> spec.Call:
+    settled = call.name != "lpa" or {"split", "direction", "tau"} & dict(call.kwargs).keys()
+    return call if settled else dataclasses.replace(call, kwargs=(*call.kwargs, ("split", "all")))
+
+
+def held_out_domains(settings: DomainsSettings, dataset: Dataset) -> list[int]:
+    """Numbers of the domains to leave out."""
+    for name in settings.held_out:
+        check_choice("--held-out", "a domain", name, dataset.domain_names)
+    return [n for n, name in enumerate(dataset.domain_names) if not settings.held_out or name in settings.held_out]
+
+
+def run_identity(settings: DomainsSettings, dataset: Dataset) -> dict:
+    """What all runs of a folder share."""
+    whole = shared.identity(settings, dataset) | {"domains": list(dataset.domain_names)}
+    return {name: value for name, value in whole.items() if name != "held_out"}
+
+
+def recipe_of(settings: DomainsSettings, dataset: Dataset, method: shared.Method) -> StepsRecipe:
+    """The static part of a run: the same for all left-out domains and seeds."""
+    channels = dataset.image_shape[-1]
+    stats = IMAGENET if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+    base = shared.make_recipe(settings, dataset, method, stats)
+    domains = len(dataset.domain_names) - 1
+    average = 0.8 * len(dataset.train_labels) * domains / (domains + 1)
+    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields |= {"batch_size": settings.batch_size * domains, "epochs": 1, "num_domains": domains}
+    return StepsRecipe(**fields, steps=settings.steps, epoch_steps=max(1, int(average / fields["batch_size"])))
+
+
+def check_methods(settings: DomainsSettings, dataset: Dataset, methods: dict) -> None:
+    """Builds every method once on the host, so that a wrong setting ends the program before anything is trained."""
+    shared.check_runs(dataclasses.replace(settings, epochs=max(1, math.ceil(settings.warmup_epochs))), dataset, {})
+    for typed, (method, numbers) in methods.items():
+        try:
+            recipe = recipe_of(settings, dataset, method)
+            init_state(recipe, shared.make_numbers(settings, numbers), sample(dataset), 0)
+        except ValueError as error:
+            raise ValueError(f"{typed}: {error}") from error
+
+
+def sample(dataset: Dataset) -> DeviceData:
+    """The data set with its first image only."""
+    counts = jnp.asarray(dataset.class_counts, jnp.int32)
+    return DeviceData(jnp.asarray(dataset.train_images[:1]), jnp.asarray(dataset.train_labels[:1]), counts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- training
+
+
+def run_all(settings, dataset: Dataset, jobs: list[Job], out: pathlib.Path, identity: dict, console: Console):
+    """([record of each job], how many were trained now, how many steps were compiled for them)."""
+    devices = shared.options(settings).devices
+    everything: list[DeviceData] = []  # on the device: made when it is needed first
+    records, recipes, trained = [], set(), 0
+    for number, job in enumerate(jobs):
+        domain = dataset.domain_names[job.domain]
+        place = out / "runs" / f"{shared.slug(job.typed)}-{digest(job.typed)}" / shared.slug(domain) / f"seed-{job.seed}"
+        with RunFolder(place) as folder:
+            folder.claim(identity | {"method": job.typed, "held_out": domain, "seed": job.seed})
+            if (record := finished(place / "finished.json")) is None:
+                if not everything:
+                    everything.append(devices.replicate(on_device(dataset)))
+                recipe = recipe_of(settings, dataset, job.method)
+                try:
+                    record = train(settings, dataset, job, recipe, everything[0], devices)
+                except (ValueError, FloatingPointError) as error:
+                    raise type(error)(f"{job.typed}, without {domain}, seed {job.seed}: {error}") from error
+                dump_json(place / "finished.json", record)
+                recipes.add(recipe)
+                trained += 1
+                console.print(
+                    f"[{number + 1}/{len(jobs)}] {job.typed}, without {domain}, seed {job.seed}: {100 * record['accuracy']:.1f} "
+                    f"({record['seconds_per_step']:.3f} s a step)",
+                    markup=False, highlight=False, soft_wrap=True,
+                )  # fmt: skip
+            records.append(record)
+    return records, trained, len(recipes)
+
+
+def finished(file: pathlib.Path) -> dict | None:
+    """What a finished run left; None if it isn't there or is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def on_device(dataset: Dataset) -> DeviceData:
+    """All samples, of whichever domain: the arrays have one shape for all left-out domains."""
+    labels = jnp.asarray(dataset.train_labels)
+    counts = jnp.asarray(dataset.class_counts, jnp.int32)
+    return DeviceData(jnp.asarray(dataset.train_images), labels, counts, jnp.asarray(dataset.train_domains))
+
+
+def without(data: DeviceData, dataset: Dataset, job: Job, split: DomainSplit, devices: Devices) -> DeviceData:
+    """The data with what depends on the left-out domain: class counts, and the other domains numbered 0..D-2."""
+    counts = np.bincount(dataset.train_labels[np.concatenate(split.train)], minlength=dataset.num_classes).astype(np.int32)
+    domains = dataset.train_domains - (dataset.train_domains > job.domain)  # the left-out one's own number is never looked up
+    return data._replace(class_counts=devices.replicate(counts), domains=devices.replicate(domains.astype(np.int32)))
+
+
+class Evaluation(NamedTuple):
+    """The validation parts of the training domains, each counting the same."""
+
+    accuracy: float
+    loss: float
+
+
+class Best(NamedTuple):
+    """The step with the best validation accuracy so far."""
+
+    accuracy: float = -1.0
+    step: int = 0
+    params: Any = None
+    stats: Any = None
+
+
+def train(
+    settings: DomainsSettings, dataset: Dataset, job: Job, recipe: StepsRecipe, data: DeviceData, devices: Devices
+) -> dict:
+    """One run's record."""
+    devices.check_batch(recipe.batch_size)
+    split = split_domains(dataset, job.domain, seed=job.seed)
+    data = without(data, dataset, job, split, devices)
+    numbers = shared.make_numbers(settings, job.numbers)
+    state = devices.replicate(init_state(recipe, numbers, sample(dataset), job.seed))
+    arrays, step = devices.replicate(as_arrays(numbers)), compiled_step(recipe, devices)
+    averaging = any(is_swad(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_swad))
+    window = SWADAverage()
+    every = settings.evaluate_every or max(1, settings.steps // 10)
+    batch = evaluation_batch(dataset)
+    test = lambda params, stats: accuracy(recipe, params, stats, dataset, split.test, batch)
+    curve: dict[str, list] = {"step": [], "loss": [], "validation_accuracy": [], "validation_loss": []}
+    losses, best, seconds, timed, began = list[Any](), Best(), 0.0, 0, None
+    for rows, ends in calls(settings, split, job.seed, every):
+        index = devices.split(rows.shape, 1, lambda where, rows=rows: rows[..., where])
+        began = time.perf_counter() if began is None else began
+        state, metrics, _ = step(state, arrays, data, index)
+        losses.append(metrics["loss"])
+        if not curve["step"] and len(losses) == 1:  # the first call may compile
+            jax.block_until_ready(losses)
+            began = time.perf_counter()
+        else:
+            timed += len(rows)
+        if ends is None:
+            continue
+        loss = float(np.mean(np.concatenate([np.asarray(x) for x in losses])))
+        seconds, losses = seconds + time.perf_counter() - began, []
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"training needs finite losses, got {loss} before step {ends}. Lower --learning-rate.")
+        found = evaluate(recipe, state, dataset, split, batch)
+        for name, value in zip(curve, (ends, loss, *found), strict=True):
+            curve[name].append(value)
+        if averaging:
+            mean, steps, opt_state = swad_interval(state.opt_state, state.params)
+            state = state._replace(opt_state=opt_state)
+            if window.add(found.loss, mean, steps):
+                break
+        elif found.accuracy > best.accuracy:  # the first of equals; copies, since the step gives the state's buffers away
+            best = Best(found.accuracy, ends, *jax.tree.map(jnp.copy, (state.params, state.stats)))
+        began = None
+    last = test(state.params, state.stats)
+    record = {
+        "method": job.typed, "domain": dataset.domain_names[job.domain], "seed": job.seed, "seconds": seconds,
+        "seconds_per_step": seconds / max(timed, 1), "curve": curve,
+        "sizes": {"train": sum(map(len, split.train)), "validation": sum(map(len, split.validation)), "test": len(split.test)},
+    }  # fmt: skip
+    if not averaging:
+        tested = last if best.step == settings.steps else test(best.params, best.stats)
+        return record | {
+            "accuracy": tested, "step": best.step, "validation_accuracy": best.accuracy, "last_accuracy": last, "window": None,
+        }  # fmt: skip
+    first, end = window.window
+    params = jax.tree.map(lambda a, w: jnp.asarray(a, w.dtype), window.average(), state.params)
+    averaged = with_statistics(recipe, state._replace(params=params), data, split, settings, job.seed)
+    tested, chosen = test(averaged.params, averaged.stats), evaluate(recipe, averaged, dataset, split, batch).accuracy
+    begins = end if first is None else first  # never converged: the last interval
+    span = [0 if begins == 0 else curve["step"][begins - 1], curve["step"][end]]
+    return record | {
+        "accuracy": tested, "step": None, "validation_accuracy": chosen, "window": span, "converged": first is not None,
+        "last_accuracy": last,
+    }  # fmt: skip
+
+
+def calls(settings: DomainsSettings, split: DomainSplit, seed: int, every: int) -> Iterator[tuple[np.ndarray, int | None]]:
+    """(positions [K, B] for K steps, the number of steps taken if an evaluation is due after them)."""
+    batches, per_call = domain_batches(split.train, settings.batch_size, seed=seed), step_size(settings.steps_per_call, False)
+    done = 0
+    while done < settings.steps:
+        stop = min(done // every * every + every, settings.steps)
+        count = min(per_call, stop - done)
+        done += count
+        yield np.stack(list(itertools.islice(batches, count))), done if done == stop else None
+
+
+def evaluation_batch(dataset: Dataset) -> int:
+    """One batch size, hence one program, for the evaluation of every left-out domain's splits (about their smallest)."""
+    sizes = np.bincount(dataset.train_domains)
+    return max(1, min(EVALUATION_BATCH, int(0.2 * (sizes.sum() - sizes.max())), int(0.8 * sizes.min())))
+
+
+def logits_of(recipe: Recipe, params: Any, stats: Any, dataset: Dataset, rows: np.ndarray, batch: int) -> np.ndarray:
+    """Logits [N, C] of the samples at these positions, in at least float32."""
+    return predict(recipe.model, params, stats, dataset.train_images[rows], batch_size=batch).astype(np.float64)
+
+
+def accuracy(recipe: Recipe, params: Any, stats: Any, dataset: Dataset, rows: np.ndarray, batch: int) -> float:
+    """Top-1 accuracy on the samples at these positions."""
+    return float(np.mean(logits_of(recipe, params, stats, dataset, rows, batch).argmax(1) == dataset.train_labels[rows]))
+
+
+def evaluate(recipe: Recipe, state: TrainState, dataset: Dataset, split: DomainSplit, batch: int) -> Evaluation:
+    """Accuracy and cross entropy, averaged over the training domains' validation parts."""
+    rows = np.concatenate(split.validation)
+    logits, labels = logits_of(recipe, state.params, state.stats, dataset, rows, batch), dataset.train_labels[rows]
+    losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(rows)), labels]
+    parts = np.cumsum([len(own) for own in split.validation])[:-1]
+    over = lambda values: float(np.mean([part.mean() for part in np.split(values, parts)]))
+    return Evaluation(over((logits.argmax(1) == labels).astype(float)), over(losses))
+
+
+def with_statistics(recipe, state: TrainState, data: DeviceData, split: DomainSplit, settings, seed: int) -> TrainState:
+    """The state with BatchNorm's running statistics computed anew for its weights, on training batches."""
+    if not state.stats:
+        return state
+    update, stats = compiled_statistics(recipe), state.stats
+    for rows in itertools.islice(
+        domain_batches(split.train, settings.batch_size, seed=seed), min(STATS_BATCHES, settings.steps)
+    ):
+        stats = update(state._replace(stats=stats), data, jnp.asarray(rows))
+    return state._replace(stats=stats)
+
+
+@functools.cache
+def compiled_statistics(recipe: Recipe) -> Callable:
+    """The jitted training pass that keeps nothing but its running statistics: (state, data, index [B]) -> stats."""
+    plain = objective(recipe.model, (), num_classes=recipe.num_classes)
+    return jax.jit(
+        lambda state, data, index: plain(state.params, (), draw_batch(recipe, state, data, index), stats=state.stats)[1].stats
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------- results
+
+
+def results_of(settings: DomainsSettings, dataset: Dataset, held: list[int], runs: list[dict]) -> dict:
+    """The whole of domains.json."""
+    names = [dataset.domain_names[n] for n in held]
+    methods: dict[str, dict] = {}
+    for typed in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == typed]
+        of = lambda key, own=own: [[run[key] for run in own if run["domain"] == name] for name in names]
+        accuracies, lasts = np.array(of("accuracy")), np.array(of("last_accuracy"))
+        methods[typed] = {
+            "domains": {name: summary(row) for name, row in zip(names, accuracies, strict=True)},
+            "mean": summary(accuracies.mean(0)),  # over domains, by seed
+            "last_step": summary(lasts.mean(0)),
+            "seconds_per_step": float(np.mean([run["seconds_per_step"] for run in own])),
+            "runs": own,
+        }
+    data = {
+        "name": dataset.name, "samples": len(dataset.train_labels), "domain_names": list(dataset.domain_names),
+        "class_names": list(dataset.class_names), "domain_counts": np.bincount(dataset.train_domains).tolist(),
+        "image_shape": list(dataset.image_shape), "views": list(dataset.views), "notes": [*dataset.notes, *missing_classes(dataset)],
+    }  # fmt: skip
+    return {
+        "command": shared.command_line(), "versions": shared.versions(), "data": data, "settings": dataclasses.asdict(settings),
+        "selection": SELECTION, "held_out": names, "methods": methods,
+    }  # fmt: skip
+
+
+def shown(entry: dict) -> str:
+    """A summary in percent, ± over seeds where there are several."""
+    spread = f" ± {100 * entry['std']:.1f}" if len(entry["values"]) > 1 else ""
+    return f"{100 * entry['mean']:.1f}{spread}"
+
+
+def rows_of(results: dict) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows) of the table."""
+    names = results["held_out"]
+    rows = [
+        [typed, *(shown(entry["domains"][name]) for name in names), shown(entry["mean"])]
+        for typed, entry in results["methods"].items()
+    ]
+    return ["method", *names, "mean"], rows
+
+
+def markdown(results: dict) -> str:
+    """The table, with what was chosen how, as Markdown."""
+    head, rows = rows_of(results)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    seeds = results["settings"]["seeds"]
+    over = f", mean ± std over {seeds} seeds" if seeds > 1 else ", one seed"
+    return "\n".join([*lines, "", results["selection"] + f" In percent{over}.", "", f"`{results['command']}`", ""])
+
+
+def print_results(results: dict, console: Console) -> None:
+    """The table, for people."""
+    head, rows = rows_of(results)
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(results["selection"], highlight=False)
+
+
+if __name__ == "__main__":
+    shared.start(main)

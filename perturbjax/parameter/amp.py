@@ -1,0 +1,80 @@
+r"""Adversarial model perturbation (AMP): gradient steps up the loss, kept within a ball, then the gradient there.
+
+    ε⁰ = 0,    εᵏ⁺¹ = Π_ρ(εᵏ + ζ ∇f(w + εᵏ))  for k < T,    g̃ = ∇f(w + ε^T)
+
+Π_ρ projects onto the l2 ball of radius ρ, of each tensor (the authors' code) or of all together. Unlike SAM's, a climb along a small
+gradient is short. Source: Zheng et al., "Regularizing Neural Networks via Adversarial Model Perturbation", CVPR 2021.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from perturbjax.checks import check_choice, check_number, is_traced
+from perturbjax.core import method
+from perturbjax.parameter.ascent import dot, move, require, safe, widen
+from perturbjax.parameter.timing import Place, Setting, at, check_setting
+
+NORMS = ("tensor", "global")
+
+
+class AMPState(NamedTuple):
+    """State of `amp`."""
+
+    count: jax.Array  # [] int32, steps taken, for schedules
+    evaluations: jax.Array  # [] int32, gradients asked of grad_fn so far
+
+
+def amp_project(delta: optax.Updates, *, radius: ArrayLike, norm: Literal["tensor", "global"] = "tensor") -> optax.Updates:
+    """The nearest point of the l2 ball: of each leaf by itself, or of all leaves together."""
+
+    def shrunk(tree):
+        size = jnp.sqrt(dot(tree, tree))
+        bound = jnp.asarray(radius, size.dtype)
+        factor = jnp.where(size <= bound, 1, bound / safe(size))  # a comparison with nan is false
+        return jax.tree.map(lambda e: factor.astype(e.dtype) * e, tree)
+
+    return shrunk(delta) if norm == "global" else jax.tree.map(shrunk, delta)
+
+
+@method(
+    target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
+    cite="Zheng et al., CVPR 2021", off=dict(radius=0.0),
+)  # fmt: skip
+def amp(
+    *, radius: Setting = 0.5, step_size: ArrayLike = 1.0, num_steps: int = 1, norm: Literal["tensor", "global"] = "tensor"
+) -> optax.GradientTransformationExtraArgs:
+    """An optax link. Costs `num_steps` more gradients a step. `update` takes `grad_fn=` (as `sam`).
+
+    Args:
+      radius: ρ of the ball, a number or a schedule. The authors' code calls it epsilon.
+      step_size: ζ.
+      num_steps: T; the first step's gradient is there already.
+      norm: whose length is bounded by ρ: each "tensor" (the authors' code), or the "global" one of all parameters.
+    """
+    check_setting("amp", radius=radius)
+    check_number("amp", low=0, step_size=step_size)
+    check_choice("amp", "norm", norm, NORMS)
+    if is_traced(num_steps) or num_steps != int(num_steps) or num_steps < 1:
+        raise ValueError(
+            f"amp needs num_steps to be a whole number >= 1 that is known before tracing, got {num_steps}. Write num_steps=1 (and "
+            "optax.inject_hyperparams(pj.amp, static_args=('num_steps',)))."
+        )
+    steps = int(num_steps)
+
+    def init(params):
+        return AMPState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, *, grad_fn=None, **extra_args):
+        require("amp", params, grad_fn)
+        rho = at(radius, Place.of(state.count, extra_args))
+        delta, grads = jax.tree.map(jnp.zeros_like, widen(updates)), updates
+        for _ in range(steps):  # unrolled: convolutions are slow in loops on CPU, and T is small
+            delta = amp_project(move(delta, grads, step_size), radius=rho, norm=norm)
+            grads = grad_fn(move(params, delta))
+        return grads, AMPState(optax.safe_increment(state.count), state.evaluations + steps)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,65 @@
+r"""Surrogate-gap guided sharpness-aware minimisation (GSAM): SAM's gradient, less a part of the plain one that is orthogonal to it.
+
+    g_p = ∇f(w + ρ_t g/‖g‖),    g̃ = g_p − α (g − (⟨g, g_p⟩/‖g_p‖²) g_p)
+
+Descending along g̃ lowers the perturbed loss as fast as SAM does, and raises the plain loss across it: the gap between the two
+shrinks. ρ_t follows the learning rate: `radius=by_rate(high=..., low=...)`; with high = low it is a number.
+Source: Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from perturbjax.checks import check_number
+from perturbjax.core import method
+from perturbjax.parameter.ascent import dot, move, require, safe, to_climb, unit_tree, widen
+from perturbjax.parameter.timing import Place, Setting, at, check_setting
+
+
+class GSAMState(NamedTuple):
+    """State of `gsam`."""
+
+    count: jax.Array  # [] int32, steps taken, for schedules
+    evaluations: jax.Array  # [] int32, gradients asked of grad_fn so far
+
+
+def gsam_direction(perturbed: optax.Updates, grads: optax.Updates, *, alpha: ArrayLike = 0.4) -> optax.Updates:
+    """g_p − α g_⊥, with g_⊥ the part of g = `grads` orthogonal to g_p = `perturbed`, over all parameters together."""
+    high, plain = widen(perturbed), widen(grads)
+    along = dot(plain, high) / safe(dot(high, high))
+    rest = jax.tree.map(lambda g, p: g - along.astype(g.dtype) * p, plain, high)
+    return jax.tree.map(lambda out, g: out.astype(g.dtype), move(high, rest, -jnp.asarray(alpha)), grads)
+
+
+@method(
+    target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
+    cite="Zhuang et al., ICLR 2022", off=dict(radius=0.0, alpha=0.0),
+)  # fmt: skip
+def gsam(
+    *, radius: Setting = 0.05, alpha: ArrayLike = 0.4, sync_perturbation: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """An optax link. Costs one more gradient a step. `update` takes `grad_fn=` (as `sam`), and `rate=` for `by_rate`.
+
+    Args:
+      radius: ρ_t, a number or a schedule; `by_rate(...)` is the paper's.
+      alpha: α, 0 is SAM.
+      sync_perturbation: as in `sam`.
+    """
+    check_setting("gsam", radius=radius)
+    check_number("gsam", low=0, alpha=alpha)
+
+    def init(params):
+        return GSAMState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
+        require("gsam", params, grad_fn)
+        rho = at(radius, Place.of(state.count, extra_args))
+        climb = unit_tree(widen(to_climb("gsam", updates, local_grads, sync_perturbation)))
+        direction = gsam_direction(grad_fn(move(params, climb, rho)), updates, alpha=alpha)
+        return direction, GSAMState(optax.safe_increment(state.count), state.evaluations + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
