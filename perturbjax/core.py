@@ -174,9 +174,9 @@ class Objective:
     def init(self, variables: Any, inputs: jax.Array, *, stats: Any = None) -> tuple:
         """States of all links, for a batch like `inputs` [B, ...] (only shape and dtype matter)."""
         shapes, options = {"input": tuple(inputs.shape)}, {}
+        value: Any = jax.ShapeDtypeStruct(inputs.shape, jax.dtypes.canonicalize_dtype(inputs.dtype))
         if self.line.side is not None:
-            options = {"side": jax.eval_shape(self.line.side, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype))}
-        value: Any = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
+            options = {"side": jax.eval_shape(self.line.side, value)}
         for start, stop in zip(self.line.sites, self.line.sites[1:], strict=False):
             value, _ = jax.eval_shape(
                 lambda v, x, s, o, start=start, stop=stop: self.line.slice(v, x, start, stop, stats=s, train=False, key=None, **o),

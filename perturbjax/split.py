@@ -74,7 +74,7 @@ def by_accuracy(
 
     def score(clean: Clean) -> jax.Array:
         if measure == "top1":
-            return (jnp.argmax(clean.logits, axis=-1) == clean.labels).astype(jnp.float32)
+            return (jnp.argmax(clean.logits, axis=-1).astype(clean.labels.dtype) == clean.labels).astype(jnp.float32)
         probability = jax.nn.softmax(wide(clean.logits), axis=-1)
         # Clipped: a label outside 0..C-1 (padding) gives some number, not a nan that would spread to the sums of all classes.
         return jnp.take_along_axis(probability, clean.labels[:, None], axis=1, mode="clip")[:, 0]

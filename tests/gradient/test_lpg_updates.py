@@ -94,7 +94,6 @@ def test_in_the_loss_and_in_the_optimiser_it_is_one_perturbation(float64, settin
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ours, plain))) > 1e-3
 
 
-@pytest.mark.optax_promotes  # labels are int32, and an argmax is int64 in this mode
 def test_logits_and_targets_of_a_plain_cross_entropy_are_read_off_h(float64):
     for split in ("accuracy", "variance", pj.by_accuracy(update="step", tau="median")):
         settings = dict(bound=EPS, split=split)
