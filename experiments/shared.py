@@ -70,7 +70,7 @@ class Settings:
     vocabulary_size: int | None = None
     """Words of that vocabulary, at most; 25,000 if not given."""
     model: str = "mlp"
-    """mlp, cnn, resnet8/20/32/44/56/110, wrn16-8, wrn28-10; of texts bilstm, bert-base, which bring the taxonomy
+    """mlp, cnn, resnet8/20/32/44/56/110, wrn16-8, wrn28-10, shake26; of texts bilstm, bert-base, which bring the taxonomy
     paper's protocol for texts along: view, epochs, optimiser and schedule below."""
     width: int | None = None
     """Channels of the model's first layer; the model's own if not given."""
@@ -80,6 +80,10 @@ class Settings:
     """One more output of the model, for abstention; methods that need it (dac) get it anyway."""
     dropout: float | None = None
     """Dropout rate inside the model's stages; the model's own (images 0, bilstm 0.5, bert-base 0.1) if not given."""
+    stochastic_depth: float = 0.0
+    """Rate at which the last block of a resnet or wrn is left out, rising linearly from the first one; 0.5 in the paper."""
+    shakedrop: float = 0.0
+    """The same for ShakeDrop, which shakes the block's branch at random where it would be left out."""
     vectors: str | None = None
     """A file of word vectors in GloVe's form, for the bilstm to start from."""
     weights: str | None = None
@@ -164,6 +168,8 @@ RUNTIME = (
     "num_processes", "process_id", "cost_rounds", "vmapped", "attack",
 )  # fmt: skip
 """Flags that say where and how fast, not what: a run may go on with others."""
+CHOICE = ("methods", "seeds", "over", "cross", "reference")
+"""Flags that choose among runs: each run has its own folder, and its method and seed among its settings."""
 
 
 def first_flags(argv: Sequence[str], settings: type, epilogue: str) -> Any:
@@ -270,7 +276,7 @@ def tensorboard(folder: pathlib.Path) -> Callable[[dict], None]:
 
 def identity(settings: Settings, dataset: Dataset, **more: Any) -> dict[str, Any]:
     """The settings and data that make a run what it is, for its folder; `more` is what the run adds to them."""
-    kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in (*RUNTIME, "methods", "seeds")}
+    kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in (*RUNTIME, *CHOICE)}
     # The data by name, since its path may change; its labels and the choice of samples by their hash.
     found = {"data": dataset.name, "train_size": len(dataset.train_labels), "subset_hash": dataset.subset_hash}
     found |= {"images_hash": images_hash(dataset.train_images), "plugin_hash": [file_hash(path) for path in settings.plugin]}
@@ -394,6 +400,7 @@ def channel_stats(settings: Settings) -> tuple | None:
 def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tuple | None = None) -> Recipe:
     """The static part of a run. stats: means and deviations of the channels; None: the data set's own."""
     own, initial = pretrained(settings, dataset)
+    own |= branch_options(settings)
     if dataset.tokenizer is None:
         mean, std = stats or dataset.channel_stats()
         own |= {"mean": mean, "std": tuple(s if s > 0 else 1.0 for s in std)}  # a constant channel stays constant
@@ -413,6 +420,18 @@ def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tup
         accumulate=settings.accumulate, optimizer=settings.optimizer, initial=initial,
         num_domains=None if dataset.train_domains is None else len(dataset.domain_names),
     )  # fmt: skip
+
+
+def branch_options(settings: Settings) -> dict[str, float]:
+    """The model's fields for what happens on its residual branches."""
+    given = {name: value for name in ("stochastic_depth", "shakedrop") if (value := getattr(settings, name))}
+    for name in given:
+        if not settings.model.startswith(("resnet", "wrn")):
+            raise ValueError(
+                f"--{name.replace('_', '-')} needs --model resnet… or wrn…, whose blocks have one branch, got {settings.model}. "
+                "Write --model resnet20, or leave it out."
+            )
+    return given
 
 
 def pretrained(settings: Settings, dataset: Dataset) -> tuple[dict[str, Any], Callable | None]:

@@ -56,3 +56,7 @@ def test_a_sweep_over_numbers_compiles_once_and_gives_compares_numbers(tmp_path,
         assert found[typed]["accuracy"] == entry["accuracy"]
     assert found["lpl(split=frequency, bound=0)"]["accuracy"] == found["ce"]["accuracy"]
     assert (tmp_path / "a" / "bound.svg").read_text().startswith("<svg")
+    sweep.main(["--method", "lpl(split=frequency)", "--over", "bound=0.5, 1", *QUICK, "--out", str(tmp_path / "a")])
+    again = json.loads((tmp_path / "a" / "results.json").read_text())["methods"]  # one value more, in the same folder
+    assert list(again) == ["ce", "lpl(split=frequency, bound=0.5)", "lpl(split=frequency, bound=1)"]
+    assert again["ce"] == found["ce"]
