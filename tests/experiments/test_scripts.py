@@ -130,9 +130,8 @@ def test_list_shows_every_method_with_its_coordinates(capsys):
     with pytest.raises(SystemExit):
         compare.main(["--list"])
     shown = capsys.readouterr().out
-    for name in shared.taxonomy.registry():
-        factory = shared.taxonomy.registry()[name]
-        assert (getattr(factory, "alias", None) or name) in shown
+    for factory in shared.taxonomy.registry().values():
+        assert (getattr(factory, "alias", None) or factory.__name__) in shown
     assert "adversarial" in shown and "category" in shown
 
 
