@@ -263,11 +263,20 @@ def run_all(settings, dataset: Dataset, jobs: list[Job], out: pathlib.Path, iden
                 trained += 1
                 console.print(
                     f"[{number + 1}/{len(jobs)}] {job.typed}, without {domain}, seed {job.seed}: {100 * record['accuracy']:.1f} "
-                    f"({record['seconds_per_step']:.3f} s a step)",
+                    f"({record['seconds_per_step']:.3f} s a step){span_of(record)}",
                     markup=False, highlight=False, soft_wrap=True,
                 )  # fmt: skip
             records.append(record)
     return records, trained, len(recipes)
+
+
+def span_of(record: dict) -> str:
+    """Which weights were averaged, for SWAD."""
+    if record["window"] is None:
+        return ""
+    first, last = record["window"]
+    falling = "" if record["converged"] else ": the validation loss did not stop falling, which takes more steps"
+    return f", weights of steps {first + 1} to {last}{falling}"
 
 
 def finished(file: pathlib.Path) -> dict | None:
@@ -299,13 +308,15 @@ class Evaluation(NamedTuple):
     loss: float
 
 
-class Best(NamedTuple):
-    """The step with the best validation accuracy so far."""
+class Chosen(NamedTuple):
+    """The weights that a run is judged by."""
 
-    accuracy: float = -1.0
-    step: int = 0
-    params: Any = None
-    stats: Any = None
+    params: Any
+    stats: Any
+    validation_accuracy: float
+    step: int | None  # None: an average
+    window: list[int] | None = None  # of an average: the weights after these steps, the first excluded
+    converged: bool | None = None  # of an average: whether SWAD's window has a beginning
 
 
 def train(
@@ -318,30 +329,22 @@ def train(
     numbers = shared.make_numbers(settings, job.numbers)
     state = devices.replicate(init_state(recipe, numbers, sample(dataset), job.seed))
     arrays, step = devices.replicate(as_arrays(numbers)), compiled_step(recipe, devices)
-    averaging = any(is_swad(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_swad))
-    window = SWADAverage()
-    every = settings.evaluate_every or max(1, settings.steps // 10)
-    batch = evaluation_batch(dataset)
-    test = lambda params, stats: accuracy(recipe, params, stats, dataset, split.test, batch)
+    averaging, window = any(is_swad(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_swad)), SWADAverage()
     curve: dict[str, list] = {"step": [], "loss": [], "validation_accuracy": [], "validation_loss": []}
-    losses, best, seconds, timed, began = list[Any](), Best(), 0.0, 0, None
-    for rows, ends in calls(settings, split, job.seed, every):
-        index = devices.split(rows.shape, 1, lambda where, rows=rows: rows[..., where])
-        began = time.perf_counter() if began is None else began
+    best: Chosen | None = None
+    losses, took = list[float](), list[tuple[int, float]]()
+    for rows, ends in calls(settings, split, job.seed):
+        index = devices.split(rows.shape, 1, functools.partial(_columns, rows))
+        began = time.perf_counter()
         state, metrics, _ = step(state, arrays, data, index)
-        losses.append(metrics["loss"])
-        if not curve["step"] and len(losses) == 1:  # the first call may compile
-            jax.block_until_ready(losses)
-            began = time.perf_counter()
-        else:
-            timed += len(rows)
+        losses.extend(np.asarray(metrics["loss"]).tolist())  # waits for the step
+        took.append((len(rows), time.perf_counter() - began))
         if ends is None:
             continue
-        loss = float(np.mean(np.concatenate([np.asarray(x) for x in losses])))
-        seconds, losses = seconds + time.perf_counter() - began, []
+        loss, losses = float(np.mean(losses)), []
         if not math.isfinite(loss):
             raise FloatingPointError(f"training needs finite losses, got {loss} before step {ends}. Lower --learning-rate.")
-        found = evaluate(recipe, state, dataset, split, batch)
+        found = evaluate(recipe, state, dataset, split)
         for name, value in zip(curve, (ends, loss, *found), strict=True):
             curve[name].append(value)
         if averaging:
@@ -349,34 +352,40 @@ def train(
             state = state._replace(opt_state=opt_state)
             if window.add(found.loss, mean, steps):
                 break
-        elif found.accuracy > best.accuracy:  # the first of equals; copies, since the step gives the state's buffers away
-            best = Best(found.accuracy, ends, *jax.tree.map(jnp.copy, (state.params, state.stats)))
-        began = None
-    last = test(state.params, state.stats)
+        elif best is None or found.accuracy > best.validation_accuracy:  # the first of equals
+            params, stats = jax.tree.map(jnp.copy, (state.params, state.stats))  # the step gives the state's own buffers away
+            best = Chosen(params, stats, found.accuracy, ends)
+    chosen = best or averaged(settings, dataset, job, recipe, data, state, window, curve["step"])
+    test = lambda params, stats: accuracy(recipe, params, stats, dataset, split.test)
+    warm = took[1:] or took  # the first call may compile
     record = {
-        "method": job.typed, "domain": dataset.domain_names[job.domain], "seed": job.seed, "seconds": seconds,
-        "seconds_per_step": seconds / max(timed, 1), "curve": curve,
+        "method": job.typed, "domain": dataset.domain_names[job.domain], "seed": job.seed,
+        "accuracy": test(chosen.params, chosen.stats), "last_accuracy": test(state.params, state.stats),
+        "seconds": sum(seconds for _, seconds in took),
+        "seconds_per_step": sum(seconds for _, seconds in warm) / sum(steps for steps, _ in warm), "curve": curve,
         "sizes": {"train": sum(map(len, split.train)), "validation": sum(map(len, split.validation)), "test": len(split.test)},
     }  # fmt: skip
-    if not averaging:
-        tested = last if best.step == settings.steps else test(best.params, best.stats)
-        return record | {
-            "accuracy": tested, "step": best.step, "validation_accuracy": best.accuracy, "last_accuracy": last, "window": None,
-        }  # fmt: skip
-    first, end = window.window
+    return record | {key: value for key, value in chosen._asdict().items() if key not in ("params", "stats")}
+
+
+def _columns(rows: np.ndarray, where: slice) -> np.ndarray:
+    return rows[..., where]
+
+
+def averaged(settings, dataset, job: Job, recipe, data, state: TrainState, window: SWADAverage, ends: list[int]) -> Chosen:
+    """The weights of SWAD's window, with BatchNorm statistics of their own. ends: steps taken at each evaluation."""
+    split = split_domains(dataset, job.domain, seed=job.seed)
+    first, last = window.window
+    begins = last if first is None else first  # never converged: the last interval alone
     params = jax.tree.map(lambda a, w: jnp.asarray(a, w.dtype), window.average(), state.params)
-    averaged = with_statistics(recipe, state._replace(params=params), data, split, settings, job.seed)
-    tested, chosen = test(averaged.params, averaged.stats), evaluate(recipe, averaged, dataset, split, batch).accuracy
-    begins = end if first is None else first  # never converged: the last interval
-    span = [0 if begins == 0 else curve["step"][begins - 1], curve["step"][end]]
-    return record | {
-        "accuracy": tested, "step": None, "validation_accuracy": chosen, "window": span, "converged": first is not None,
-        "last_accuracy": last,
-    }  # fmt: skip
+    state = with_statistics(recipe, state._replace(params=params), data, split, settings, job.seed)
+    span = [0 if begins == 0 else ends[begins - 1], ends[last]]
+    return Chosen(params, state.stats, evaluate(recipe, state, dataset, split).accuracy, None, span, first is not None)
 
 
-def calls(settings: DomainsSettings, split: DomainSplit, seed: int, every: int) -> Iterator[tuple[np.ndarray, int | None]]:
+def calls(settings: DomainsSettings, split: DomainSplit, seed: int) -> Iterator[tuple[np.ndarray, int | None]]:
     """(positions [K, B] for K steps, the number of steps taken if an evaluation is due after them)."""
+    every = settings.evaluate_every or max(1, settings.steps // 10)
     batches, per_call = domain_batches(split.train, settings.batch_size, seed=seed), step_size(settings.steps_per_call, False)
     done = 0
     while done < settings.steps:
@@ -392,20 +401,21 @@ def evaluation_batch(dataset: Dataset) -> int:
     return max(1, min(EVALUATION_BATCH, int(0.2 * (sizes.sum() - sizes.max())), int(0.8 * sizes.min())))
 
 
-def logits_of(recipe: Recipe, params: Any, stats: Any, dataset: Dataset, rows: np.ndarray, batch: int) -> np.ndarray:
-    """Logits [N, C] of the samples at these positions, in at least float32."""
-    return predict(recipe.model, params, stats, dataset.train_images[rows], batch_size=batch).astype(np.float64)
+def logits_of(recipe: Recipe, params: Any, stats: Any, dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+    """Logits [N, C] of the samples at these positions, in float64."""
+    images, batch = dataset.train_images[rows], evaluation_batch(dataset)
+    return predict(recipe.model, params, stats, images, batch_size=batch).astype(np.float64)
 
 
-def accuracy(recipe: Recipe, params: Any, stats: Any, dataset: Dataset, rows: np.ndarray, batch: int) -> float:
+def accuracy(recipe: Recipe, params: Any, stats: Any, dataset: Dataset, rows: np.ndarray) -> float:
     """Top-1 accuracy on the samples at these positions."""
-    return float(np.mean(logits_of(recipe, params, stats, dataset, rows, batch).argmax(1) == dataset.train_labels[rows]))
+    return float(np.mean(logits_of(recipe, params, stats, dataset, rows).argmax(1) == dataset.train_labels[rows]))
 
 
-def evaluate(recipe: Recipe, state: TrainState, dataset: Dataset, split: DomainSplit, batch: int) -> Evaluation:
+def evaluate(recipe: Recipe, state: TrainState, dataset: Dataset, split: DomainSplit) -> Evaluation:
     """Accuracy and cross entropy, averaged over the training domains' validation parts."""
     rows = np.concatenate(split.validation)
-    logits, labels = logits_of(recipe, state.params, state.stats, dataset, rows, batch), dataset.train_labels[rows]
+    logits, labels = logits_of(recipe, state.params, state.stats, dataset, rows), dataset.train_labels[rows]
     losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(rows)), labels]
     parts = np.cumsum([len(own) for own in split.validation])[:-1]
     over = lambda values: float(np.mean([part.mean() for part in np.split(values, parts)]))

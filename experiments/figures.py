@@ -8,6 +8,7 @@ python experiments/figures.py weights --out weights.svg                      # w
 python experiments/figures.py ratio --run DIR --data digits --view none --tau 0.5 --out ratio.svg
                                                                              # ℓ̃/ℓ of self-paced logits, after train.py --out DIR
 python experiments/figures.py gradients --out gradients.svg                  # what methods do to each class's gradient (LPG's Figure 1)
+python experiments/figures.py activations --out activations.svg              # and to its activations (LPA's Figure 1)
 """
 
 import csv
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import shared
+from experiments.activations import Activations, draw_activations
 from experiments.gradients import Gradients, draw_gradients
 from perturbjax import spec
 from perturbjax.analysis.figures import line_plot, loss_ratios, norm_plot, self_paced_weights, sensitivity_plot
@@ -98,7 +100,7 @@ def main(argv: list[str]) -> None:
 
     drawn: dict[type, Callable] = {
         Norms: draw_norms, Sensitivity: draw_sensitivity, Epochs: draw_epochs, Weights: draw_weights, Ratio: draw_ratio,
-        Gradients: draw_gradients,
+        Gradients: draw_gradients, Activations: draw_activations,
     }  # fmt: skip
     commands = {kind.__name__.lower(): kind for kind in drawn}
     chosen = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))

@@ -1,11 +1,13 @@
 """The figure `gradients` of figures.py: what methods do to each class's gradient, on balanced and on long-tailed data."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import shared
-from perturbjax.analysis.gradient_view import gradient_plot, gradient_variations
+from perturbjax.analysis.gradient_view import Variations, gradient_plot, gradient_variations
 from perturbjax.training import fit
 from perturbjax.training.step import pixels
 
@@ -36,6 +38,11 @@ class Gradients:
 
 def draw_gradients(settings: Gradients) -> str:
     """Trains a plain net per view and perturbs its gradients by every method."""
+    return gradient_plot(class_panels(settings, gradient_variations))
+
+
+def class_panels(settings: Gradients, look: Callable[..., Variations]) -> dict[str, tuple[np.ndarray, dict[str, Variations]]]:
+    """{view: (training samples of each class, {method: what `look` sees of it in a plain net trained on the view})}."""
     methods, panels = shared.parse_methods(settings.methods), {}
     for view in settings.views:
         own = shared.Settings(
@@ -48,11 +55,11 @@ def draw_gradients(settings: Gradients) -> str:
         state = fit(recipe, dataset, shared.make_numbers(own, numbers), settings.seed).state
         images = pixels(jnp.asarray(dataset.train_images))
         found = {
-            typed: gradient_variations(
+            typed: look(
                 method(values), recipe.model, state.params, images, dataset.train_labels, num_classes=dataset.num_classes,
                 stats=state.stats, batch_size=settings.batch_size, batches=settings.batches, seed=settings.seed,
             )
             for typed, (method, values) in methods.items()
         }  # fmt: skip
         panels["balanced" if view == "none" else view] = (dataset.class_counts, found)
-    return gradient_plot(panels)
+    return panels

@@ -5,10 +5,16 @@ loss for `chain` and `objective`, and optax links for gradients and parameters),
 """
 
 # The order is that of the forward and backward pass: input, activation, logit, label, loss, logit gradient, gradient, parameter.
+from perturbjax.activation.ada import ada, squared_distance
+from perturbjax.activation.dropblock import dropblock, dropblock_gamma, dropblock_kept, dropblock_mask
 from perturbjax.activation.dropout import dropout, dropout_mask
-from perturbjax.activation.lpa import lpa
-from perturbjax.activation.manifold_mixup import manifold_mixup
+from perturbjax.activation.lpa import lpa, norm_expansion
+from perturbjax.activation.lpa_rank import low_rank
+from perturbjax.activation.lpa_sites import layer_effect
+from perturbjax.activation.manifold_mixup import manifold_mixup, softmax_binary_cross_entropy
+from perturbjax.activation.r_drop import r_drop, symmetric_divergence
 from perturbjax.activation.rsc import rsc, top_share
+from perturbjax.activation.spatial_dropout import spatial_dropout
 from perturbjax.bound import layer_scaled, varied, varied_by_frequency
 from perturbjax.classes import class_count, class_mean, class_sum
 from perturbjax.core import (
@@ -30,9 +36,13 @@ from perturbjax.core import (
 from perturbjax.feature.adversarial import group_ascent, random_start, shifted
 from perturbjax.feature.adversarial_training import adversarial_training
 from perturbjax.feature.cuat import cuat
+from perturbjax.feature.cutmix import cutmix, cutmix_boxes
 from perturbjax.feature.domain_mixup import domain_mixup, ring_partners
 from perturbjax.feature.mixed_uat import mixed_uat
 from perturbjax.feature.mixup import draw_mixing, mix, mixup
+from perturbjax.feature.random_erasing import erasing_box, random_erasing
+from perturbjax.feature.regpert import regpert, regularised_delta
+from perturbjax.feature.robust_clustering import outlier_vectors, robust_clustering, robust_kmeans
 from perturbjax.feature.uat import uat
 from perturbjax.gradient.clipping import gradient_clipping
 from perturbjax.gradient.dp_sgd import dp_sgd

@@ -97,6 +97,9 @@ class Perturbation(NamedTuple):
     search: bool = False  # reruns the rest of the pass: left out of the rest of earlier links, so that costs add up
     needs: tuple[str, ...] = ()  # sites in the trace, and "head", "cosine", "class_counts", "domains": checked before training
     name: str = ""  # of the method it belongs to, for metrics and messages; set by @method
+    shared: bool = (
+        False  # links with the same `init` have one state: each gets it as the one before left it (sites up to the loss)
+    )
 
 
 Chain = tuple[Perturbation, ...]
@@ -189,7 +192,8 @@ class Objective:
                 f"got {shapes['logits']} from the model. Set num_classes to the number of the model's outputs."
             )
         context = self.context._replace(site_shapes=shapes, batch_size=inputs.shape[0], level=self.line.level)
-        return tuple(link.init(context._replace(site=link.site)) for link in self.links)
+        states = [link.init(context._replace(site=link.site)) for link in self.links]
+        return tuple(state if _owner(self.links, i) == i else () for i, state in enumerate(states))
 
     def __call__(
         self,
@@ -321,24 +325,26 @@ class _Pass:
         states, metrics = list(self.states), {}
 
         def keep(i, state, found):
-            states[i] = state
+            states[_owner(self.links, i)] = state
             _collect(metrics, self.links[i].name, found)
 
         start = flow
-        at_logits = self._walk(start, 0, 0, self.context.key, keep, stop=len(self.line.sites))
+        at_logits = self._walk(start, 0, 0, self.context.key, keep, stop=len(self.line.sites), states=states)
         backward = any(link.site == "logit_gradient" for link in self.links)
         # What comes back along the tail is then finished, as without such links, before anything is added to it (see _leave).
         tail = at_logits._replace(value=jax.lax.optimization_barrier(at_logits.value)) if backward else at_logits
-        flow = self._walk(tail, len(self.line.sites), 0, self.context.key, keep, enter=True)
+        flow = self._walk(tail, len(self.line.sites), 0, self.context.key, keep, enter=True, states=states)
         if backward:
             flow = self._perturb_logit_gradient(start, at_logits, flow, keep)
         return flow, tuple(states), metrics
 
-    def _walk(self, flow, start, first_link, key, keep=None, *, stop=None, enter=False):
+    def _walk(self, flow, start, first_link, key, keep=None, *, stop=None, enter=False, states=None):
         """Runs the flow from stop number `start` on. `keep` takes new states and metrics (None: inside a rest).
 
-        Links of `start` with a number below `first_link` are done already; `enter` moves to `start` from the site before.
+        Links of `start` with a number below `first_link` are done already; `enter` moves to `start` from the site before. `states`:
+        those that `keep` writes to, so that links that share one see it written; None: as they were before the pass.
         """
+        states = self.states if states is None else states
         stops = self.stops[: stop or len(self.stops)]
         for number in range(start, len(stops)):
             if number > start or enter:
@@ -347,7 +353,8 @@ class _Pass:
                 begun = number == start and i < first_link
                 if link.site != stops[number] or begun or (keep is None and link.search):
                     continue
-                flow, state, found = link.apply(flow, self._rest(flow, number, i + 1, key), self.states[i], self._of(i, key))
+                own = states[_owner(self.links, i)]
+                flow, state, found = link.apply(flow, self._rest(flow, number, i + 1, key), own, self._of(i, key))
                 if keep is not None:
                     keep(i, state, found)
             flow = self._leave(flow, stops[number])
@@ -424,6 +431,13 @@ class _Pass:
         delta = jax.lax.stop_gradient(flow.value - before)
         along = jnp.sum(delta * u, axis=-1)
         return flow._replace(value=end.value + (along - jax.lax.stop_gradient(along)))
+
+
+def _owner(links: Chain, i: int) -> int:
+    """The link whose place in the states holds the state of link i."""
+    if not links[i].shared:
+        return i
+    return next(j for j, other in enumerate(links) if other.shared and other.init is links[i].init)
 
 
 def _taken(flow: Flow, rows: jax.Array) -> Flow:

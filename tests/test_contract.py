@@ -17,7 +17,7 @@ METHODS = [f for f in vars(pj).values() if hasattr(f, "coordinates")]
 SWITCHABLE = [f for f in METHODS if f.off is not None]
 ON = {"gradient_clipping": dict(bound=0.05), "mbls": dict(margin=0.1)}  # where the defaults do nothing to so small a problem
 # Partners are drawn within the batch at hand, so per-device code mixes within each device's share: by nature, and documented.
-MIX_WITHIN_THE_BATCH = {"mixup", "manifold_mixup", "domain_mixup"}
+MIX_WITHIN_THE_BATCH = {"mixup", "cutmix", "manifold_mixup", "domain_mixup"}
 
 
 def each(methods):

@@ -254,6 +254,23 @@ def test_states_and_metrics_come_from_the_outer_pass_alone():
     assert [int(s) for s in again.states[1:3]] == [2, 2]
 
 
+def test_links_that_share_a_state_see_it_as_the_one_before_left_it():
+    """One place in the states, the first one's; another method of the same kind has its own; a link that shares none keeps its own."""
+
+    def method(start):
+        init = lambda context: jnp.int32(start)
+        add = lambda flow, rest, state, context: (flow, state + 1, {context.site: state})
+        return tuple(pj.Perturbation(site, init, add, name=f"m{start}", shared=True) for site in ("stage2", "input", "loss"))
+
+    links = pj.chain(method(10), counter("stage1"), method(20))
+    _, out = run(links)
+    seen = {name: int(value) for name, value in out.metrics.items() if name.startswith("m")}
+    assert seen == {f"m{n}/{site}": n + i for n in (10, 20) for i, site in enumerate(("input", "stage2", "loss"))}
+    assert jax.tree.map(int, out.states) == (13, (), (), 1, 23, (), ())
+    _, again = run(links, states=out.states)
+    assert jax.tree.map(int, again.states) == (16, (), (), 2, 26, (), ())
+
+
 def test_metrics_carry_the_method_s_name_and_inner_evaluations_add_up():
     links = pj.chain(
         pj.adversarial_training(num_steps=2), pj.adversarial_training(num_steps=3, site="stage1"), pj.lpg(direction=1.0)

@@ -15,7 +15,8 @@ A penalty of the loss (center loss) is no class's own and left out.
 Source: "Learning to Perturb Gradients" (LPG), section 3.2 and Figure 1.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -185,6 +186,30 @@ def gradient_variations(
     The perturbations' statistics (accuracy by class) are gathered in a first pass over the data, an epoch in which nothing is learnt.
     inputs: floats, as the model takes them. batches: at most so many are looked at; None: all full ones of an epoch.
     """
+    look = functools.partial(gradient_perturbation, methods, model, params)
+    place = dict(num_classes=num_classes, stats=stats, batch_size=batch_size, batches=batches, seed=seed)
+    return over_batches(look, methods, model, params, inputs, labels, **place)
+
+
+def over_batches(
+    look: Callable[..., Any],
+    methods: Any,
+    model: Any,
+    params: Any,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_classes: int,
+    stats: Any,
+    batch_size: int,
+    batches: int | None,
+    seed: int,
+) -> Variations:
+    """`look(batch, states=, ...)` over the batches of an epoch, after one in which the methods gather their statistics.
+
+    look: returns an object with `present`, `norm`, `relative` and `gain` [C], such as a GradientView; it is given the places that
+    `gradient_perturbation` is. The rest: see `gradient_variations`.
+    """
     links, _ = split(methods)
     labels = np.asarray(labels, np.int32)
     counts = np.bincount(labels, minlength=num_classes)
@@ -201,7 +226,7 @@ def gradient_variations(
     @jax.jit
     def view(states, data, key):
         place = dict(key=key, stats=stats, step=len(orders[0]), progress=0.5, epoch=1)
-        found = gradient_perturbation(methods, model, params, data, states=states, **settings, **place)
+        found = look(data, states=states, **settings, **place)
         lengths = (found.norm, found.norm * found.relative, found.norm * (1 + found.gain))
         return made(params, states, data, **place)[1].states, (found.present, *lengths)
 
@@ -220,10 +245,17 @@ def gradient_variations(
 
 
 @mpl.rc_context(LOOK)
-def gradient_plot(panels: Mapping[str, tuple[np.ndarray, Mapping[str, Variations]]], width: float = 7.2) -> str:
+def gradient_plot(
+    panels: Mapping[str, tuple[np.ndarray, Mapping[str, Variations]]],
+    width: float = 7.2,
+    *,
+    what: str = "gradient",
+    symbol: str = "g",
+) -> str:
     """Relative variation by class: {data: (training samples of each class, {method: Variations})}; a row a method, a column a data set.
 
     Classes are sorted by frequency, which the grey bars show. A full bar is a gradient that grows, a hollow one a gradient that shrinks.
+    what, symbol: what the methods change, for the labels.
     """
     methods = list(dict.fromkeys(name for _, found in panels.values() for name in found))
     height = 1.15 * len(methods) + 0.9
@@ -260,9 +292,9 @@ def gradient_plot(panels: Mapping[str, tuple[np.ndarray, Mapping[str, Variations
         )
     for ax in axes[:, 0]:
         ax.set_ylim(bottom=0)  # once all of the row is drawn
-    below = "classes, most frequent in training first (full: the gradient grows, hollow: it shrinks)"
-    _label(fig, below, "change of the class's gradient, ‖δ‖/‖g‖ (%)")
-    return _svg(fig, f"gradients-{width:g}", "Relative variation of the gradient by class")
+    below = f"classes, most frequent in training first (full: the {what} grows, hollow: it shrinks)"
+    _label(fig, below, f"change of the class's {what}, ‖δ‖/‖{symbol}‖ (%)")
+    return _svg(fig, f"{what}s-{width:g}", f"Relative variation of the {what} by class")
 
 
 def _binned(values: np.ndarray, bins: list[np.ndarray]) -> np.ndarray:

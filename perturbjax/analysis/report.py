@@ -42,13 +42,14 @@ def load_results(path: str | os.PathLike) -> dict:
 def table(results: dict, *, ascii: bool = False, wide: bool = False) -> Table:
     """One row per method, as a rich table: accuracy, rare classes, difference to the first method, cost.
 
-    Columns without any number are left out. Long names are folded, so that 80 characters are enough.
+    Columns without any number are left out. Long names are folded, so that 80 characters are enough; where there are attacks, the
+    narrow table leaves out their spread, the gradients and the seconds.
 
     Args:
       ascii: plain characters only, +/- for ±, for terminals that can't show more. wide: more room between the columns.
     """
     results = _checked("table", results)
-    columns, note = _columns(results, *(("+/-", "-", "-") if ascii else ("±", "-", "–")))
+    columns, note = _columns(results, *(("+/-", "-", "-") if ascii else ("±", "-", "–")), narrow=not wide)
     plain = lambda text: Text(text.encode("ascii", "backslashreplace").decode() if ascii else text)
     out = Table(
         box=ASCII_HEAD if ascii else box.SIMPLE_HEAD,
@@ -77,11 +78,16 @@ def markdown(results: dict) -> str:
     return "\n".join([*lines, "", note[:1].upper() + note[1:] + "."]) + "\n"
 
 
-def _columns(results: dict, plus_minus: str = "±", minus: str = "−", none: str = "–") -> tuple[dict[str, list[str]], str]:
+def _columns(
+    results: dict, plus_minus: str = "±", minus: str = "−", none: str = "–", *, narrow: bool = False
+) -> tuple[dict[str, list[str]], str]:
     """({title: one text per method}, what the columns mean), without the columns that have no number at all."""
     cells, seeds, first = text_cells(results, plus_minus, minus, none), num_seeds(results), next(iter(results["methods"]))
     title = {"accuracy": "accuracy", "head": "head", "medium": "med.", "tail": "tail", "memorised": "memo."}
     attacks = attack_titles(results)
+    if attacks and narrow:
+        cells = {key: column for key, column in cells.items() if key not in ("gradient_evaluations", "seconds")}
+        cells |= {key: [cell.split(f" {plus_minus}")[0] for cell in cells[key]] for key in attacks}
     title |= attacks
     title |= {"difference": "difference"}
     title |= {"cost_ratio": "cost", "gradient_evaluations": "grads", "seconds": "secs"}
@@ -148,7 +154,7 @@ def text_cells(results: dict, plus_minus: str = "±", minus: str = "−", none: 
 def attack_titles(results: dict) -> dict[str, str]:
     """{column of an attack: its short name}, numbered where an attack occurs with several settings."""
     typed = dict.fromkeys(name for m in results["methods"].values() for name in m.get("attacks") or {})
-    short = [re.split(r"[^\w-]", name)[0] for name in typed]
+    short = [re.split(r"[^\w-]", name)[0].replace("universal", "univ.").replace("class_", "cl.") for name in typed]
     number = lambda i: f" {short[: i + 1].count(short[i])}" if short.count(short[i]) > 1 else ""
     return {ATTACK + name: short[i] + number(i) for i, name in enumerate(typed)}
 

@@ -18,6 +18,9 @@
 | resnet110 | same | 1 727 962 |
 | wrn16-8 | Zagoruyko and Komodakis, BMVC 2016 | 10 961 370 |
 | wrn28-10 | same | 36 479 194 |
+| shake26 | Gastaldi, 2017: ResNet-26 2x32d, Shake-Shake | 2 923 162 |
+
+resnet* and wrn* take `stochastic_depth=0.5` or `shakedrop=0.5`, the rate of the last block; shake26 takes `shake=False`.
 
 Models of texts take tokens [B, L]; perturbations of the input act at their site `embedding`:
 
@@ -42,7 +45,7 @@ from perturbjax.models.bilstm import BiLSTM
 from perturbjax.models.cnn import CNN
 from perturbjax.models.mlp import MLP
 from perturbjax.models.net import Net
-from perturbjax.models.resnet import ResNet, WideResNet
+from perturbjax.models.resnet import ResNet, ShakeResNet, WideResNet
 from perturbjax.models.safetensors import read_safetensors
 from perturbjax.models.text import TextNet, with_vectors
 
@@ -52,6 +55,7 @@ _MODELS: dict[str, Callable[..., Net]] = {
     **{f"resnet{depth}": partial(ResNet, depth=depth) for depth in (8, 20, 32, 44, 56, 110)},
     "wrn16-8": partial(WideResNet, depth=16, widen=8),
     "wrn28-10": partial(WideResNet, depth=28, widen=10),
+    "shake26": partial(ShakeResNet, depth=26, widen=2),
 }
 NAMES = tuple(_MODELS)
 """Of the models of images."""

@@ -10,18 +10,20 @@ from jax import lax
 
 from perturbjax.models.conv import conv_general_dilated
 from perturbjax.models.net import Net, at_least_float32
+from perturbjax.models.shake import Branch, Scaled
 
 CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {"canonical": conv_general_dilated, "lax": lax.conv_general_dilated}
 
 
 class Ops(NamedTuple):
-    """The three operations of a block; each names the submodule it makes."""
+    """The operations of a block; each names the submodule it makes."""
 
     convolution: Callable
     initializer: Callable
     dropout: float
     dtype: Any
     train: bool
+    branch: Branch = Branch()
 
     def conv(self, name: str, x: jax.Array, features: int, stride: int = 1, size: int = 3) -> jax.Array:
         # The padding is written out: "SAME" would pad (0, 1) at stride 2, half a pixel off the shortcut x[:, ::2, ::2].
@@ -36,6 +38,10 @@ class Ops(NamedTuple):
 
     def drop(self, name: str, x: jax.Array) -> jax.Array:
         return nn.Dropout(self.dropout, deterministic=not self.train, name=name)(x)
+
+    def residual(self, name: str, x: jax.Array) -> jax.Array:
+        """The value of a residual branch, as it is added to the shortcut."""
+        return x if self.branch.rate == 0 else Scaled(self.branch, self.train, name=name)(x)
 
 
 class ConvNet(Net, kw_only=True):
@@ -89,17 +95,19 @@ class Unit(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks in a row; the first one has the stride."""
+    """Blocks in a row; the first one has the stride. branches: what happens on each block's branch; None: nothing."""
 
     block: Callable[..., nn.Module]
     num_blocks: int
     features: int
     stride: int
     ops: Ops
+    branches: tuple[Branch, ...] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.ops.dtype)  # a slice may start from a value of another type
         for i in range(self.num_blocks):
-            x = self.block(self.features, self.stride if i == 0 else 1, self.ops, name=f"block{i}")(x)
+            ops = self.ops if self.branches is None else self.ops._replace(branch=self.branches[i])
+            x = self.block(self.features, self.stride if i == 0 else 1, ops, name=f"block{i}")(x)
         return x

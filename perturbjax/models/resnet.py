@@ -2,9 +2,11 @@ r"""Residual networks for small images.
 
     ResNet      y = relu(norm(conv(relu(norm(conv(x))))) + S x)      S: every stride-th pixel, missing channels are zero (option A)
     WideResNet  y = conv(drop(relu(norm(conv(h))))) + S x            h = relu(norm(x)); S x = x, or a 1x1 convolution of h
+    ShakeResNet y = α F₁(x) + (1 − α) F₂(x) + S x                    F(x) = norm(conv(drop(relu(norm(conv(relu(x)))))))
 
+The branches of the first two may be switched off or shaken at random: stochastic depth, ShakeDrop (shake.py).
 Sources: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
-Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016.
+Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016. Gastaldi, "Shake-Shake Regularization", 2017, and its code.
 """
 
 from functools import partial
@@ -13,8 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from perturbjax.checks import check_number
 from perturbjax.models.blocks import ConvNet, Ops, Stage, Unit
 from perturbjax.models.net import Features, pooled
+from perturbjax.models.shake import Branch, Shaken, branches
 
 
 class Residual(ConvNet, kw_only=True):
@@ -32,12 +36,42 @@ class Residual(ConvNet, kw_only=True):
                 f"Write depth={6 * max(self.depth // 6, 1) + self.outside}."
             )
 
+    @property
+    def branches(self) -> tuple[Branch, ...] | None:
+        """What happens on the branch of each block, from the first stage to the last."""
+        return None
+
     def stages(self, block, width: int, ops: Ops):
-        n = (self.depth - self.outside) // 6
-        return {f"stage{i + 1}": partial(Stage, self.block(block), n, width * 2**i, 1 + (i > 0), ops) for i in range(3)}
+        n, drawn = (self.depth - self.outside) // 6, self.branches
+        of = lambda i: None if drawn is None else drawn[i * n : (i + 1) * n]
+        return {f"stage{i + 1}": partial(Stage, self.block(block), n, width * 2**i, 1 + (i > 0), ops, of(i)) for i in range(3)}
 
 
-class ResNet(Residual, kw_only=True):
+class OneBranch(Residual, kw_only=True):
+    """stochastic_depth, shakedrop: 1 − p_L, the rate at which the last block's branch is switched off, or shaken, for a sample; it
+    rises linearly over the blocks. The papers' is 0.5; 0: never. One of the two."""
+
+    stochastic_depth: float = 0.0
+    shakedrop: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number(type(self).__name__, low=0, high=1, stochastic_depth=self.stochastic_depth, shakedrop=self.shakedrop)
+        if self.stochastic_depth and self.shakedrop:
+            raise ValueError(
+                f"{type(self).__name__} needs one of stochastic_depth and shakedrop, got both ({self.stochastic_depth} and "
+                f"{self.shakedrop}). Leave out one: ShakeDrop switches branches off too."
+            )
+
+    @property
+    def branches(self):
+        if not (self.stochastic_depth or self.shakedrop):
+            return None
+        kind = "shakedrop" if self.shakedrop else "stochastic_depth"
+        return branches(kind, self.shakedrop or self.stochastic_depth, (self.depth - self.outside) // 2)
+
+
+class ResNet(OneBranch, kw_only=True):
     """depth = 6n + 2. Stages of width, 2·width and 4·width channels."""
 
     depth: int = 20
@@ -50,7 +84,7 @@ class ResNet(Residual, kw_only=True):
         return {"stem": stem} | self.stages(Block, self.width, ops) | {"features": Features}
 
 
-class WideResNet(Residual, kw_only=True):
+class WideResNet(OneBranch, kw_only=True):
     """depth = 6n + 4. Stages of widen·width·(1, 2, 4) channels after a stem of width channels."""
 
     depth: int = 28
@@ -62,6 +96,25 @@ class WideResNet(Residual, kw_only=True):
         ops = self.ops(train)
         stem, features = partial(Convolution, self.width, ops), partial(ActivatedFeatures, ops)
         return {"stem": stem} | self.stages(PreActivationBlock, self.widen * self.width, ops) | {"features": features}
+
+
+class ShakeResNet(Residual, kw_only=True):
+    """depth = 6n + 2; two branches a block. Stages of widen·width·(1, 2, 4) channels after a stem of width channels.
+
+    shake: mix the branches at random (Shake-Shake, per sample); False: their mean, the same network without it.
+    """
+
+    depth: int = 26
+    widen: int = 2
+    shake: bool = True
+
+    outside, fan = 2, "fan_out"
+
+    def layers(self, train):
+        ops = self.ops(train)
+        block = partial(self.block(TwoBranchBlock), shake=self.shake)
+        stages = self.stages(block, self.widen * self.width, ops)
+        return {"stem": partial(NormalisedConvolution, self.width, ops)} | stages | {"features": RectifiedFeatures}
 
 
 class Block(nn.Module):
@@ -76,6 +129,7 @@ class Block(nn.Module):
         ops = self.ops
         y = nn.relu(ops.norm("norm1", ops.conv("conv1", x, self.features, self.stride)))
         y = ops.norm("norm2", ops.conv("conv2", ops.drop("drop", y), self.features))
+        y = ops.residual("branch", y)
         return nn.relu(y + subsampled(x, self.features, self.stride))
 
 
@@ -91,9 +145,59 @@ class PreActivationBlock(nn.Module):
         ops = self.ops
         h = nn.relu(ops.norm("norm1", x))
         y = nn.relu(ops.norm("norm2", ops.conv("conv1", h, self.features, self.stride)))
-        y = ops.conv("conv2", ops.drop("drop", y), self.features)
+        y = ops.residual("branch", ops.conv("conv2", ops.drop("drop", y), self.features))
         same = x.shape[-1] == self.features and self.stride == 1
         return y + (x if same else ops.conv("shortcut", h, self.features, self.stride, size=1))
+
+
+class TwoBranchBlock(nn.Module):
+    """α F₁(x) + (1 − α) F₂(x) + S x, with F = norm(conv(drop(relu(norm(conv(relu(x))))))).
+
+    S x = x; where the shape changes, 1x1 convolutions of relu(x) at every stride-th pixel and at those one up and left, half of the
+    channels each, normalised together.
+    """
+
+    features: int
+    stride: int
+    ops: Ops
+    shake: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ops, h = self.ops, nn.relu(x)
+
+        def branch(i: int) -> jax.Array:
+            y = nn.relu(ops.norm(f"norm{i}1", ops.conv(f"conv{i}1", h, self.features, self.stride)))
+            return ops.norm(f"norm{i}2", ops.conv(f"conv{i}2", ops.drop(f"drop{i}", y), self.features))
+
+        y = Shaken(self.shake, ops.train, name="shake")(branch(1), branch(2))
+        if x.shape[-1] == self.features and self.stride == 1:
+            return y + x
+        shifted = jnp.pad(h, [(0, 0), (1, 0), (1, 0), (0, 0)])[:, :-1, :-1]
+        half = self.features // 2
+        paths = [
+            ops.conv("shortcut1", h, half, self.stride, size=1),
+            ops.conv("shortcut2", shifted, self.features - half, self.stride, size=1),
+        ]
+        return y + ops.norm("shortcut_norm", jnp.concatenate(paths, axis=-1))
+
+
+class NormalisedConvolution(nn.Module):
+    """The stem before two-branch blocks: norm(conv(x))."""
+
+    features: int
+    ops: Ops
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.ops.norm("norm", self.ops.conv("conv", x, self.features))
+
+
+class RectifiedFeatures(nn.Module):
+    """The pooled features after two-branch blocks, which leave the last activation to be done."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return pooled(nn.relu(x))
 
 
 class Convolution(nn.Module):

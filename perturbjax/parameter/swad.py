@@ -1,8 +1,8 @@
 r"""SWAD: the mean of the weights of all steps in a window that begins where the validation loss is low and ends before it rises.
 
     losses v_1, v_2, … at the ends of the intervals between evaluations;   s = the first k with v_k = min(v_k, …, v_{k+N_s−1})
-    threshold  θ = (1 + r) · mean(v_s, …, v_{s+N_s−1});   j = the first after these with min(v_{j−N_e+1}, …, v_j) > θ:   e = j − N_e, and training ends
-    w̄ = mean of the weights after every step of the intervals s, …, e              N_s = 3, N_e = 6, r = 0.3
+    θ = (1 + r) · mean(v_s, …, v_{s+N_s−1});   e = j − N_e for the first j after these with min(v_{j−N_e+1}, …, v_j) > θ
+    w̄ = mean of the weights after every step of the intervals s, …, e;   training ends at j              N_s = 3, N_e = 6, r = 0.3
 
 Without such a j the window goes on to the last interval; without such an s it is the last interval alone. Three parts: `swad`, an optax
 link that adds up the weights of the present interval; `swad_window`, the rule above; `SWADAverage`, which keeps what the rule may still

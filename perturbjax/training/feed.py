@@ -60,7 +60,8 @@ class Feed:
     def shared(self) -> bool:
         """Whether all runs train on the same arrays."""
         first = self.datasets[0]
-        return all(d.train_images is first.train_images and d.train_labels is first.train_labels for d in self.datasets)
+        same = lambda name: all(getattr(d, name) is getattr(first, name) for d in self.datasets)
+        return same("train_images") and same("train_labels") and same("train_domains")
 
     def data(self) -> DeviceData:
         """The training sets on the device: [N, ...], or [S, N, ...] where the runs have different ones; no images if streamed."""

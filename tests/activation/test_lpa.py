@@ -227,6 +227,63 @@ def test_two_sites_have_their_own_bounds(problem):
     assert out.metrics["lpa/inner_evaluations"] == 6
 
 
+def test_by_frequency_the_rare_classes_are_raised(problem):
+    """Counts 10, 40, 5, 20, half of the classes: from the first step on, as nothing has to be learnt first."""
+    out, _ = run(pj.lpa(bound=0.5, split="frequency"), problem)
+    change = out.losses - run((), problem)[0].losses
+    for c, sign in ((0, 1), (1, -1), (2, 1)):
+        assert sign * change[problem[2] == c].mean() > 1e-3
+    assert (out.metrics["lpa/raised"], out.metrics["lpa/lowered"]) == (2, 2)
+
+
+def test_statistics_by_step_are_in_use_at_once(problem):
+    """split=by_accuracy(update="step"): the running mean of the true class's probability, of the clean pass; directions at step 1."""
+    params, x, y = problem
+    out, _ = run(pj.lpa(bound=20.0, site="stage1", split=pj.by_accuracy()), problem)
+    q = probabilities(logits_of(params, x @ params["a"]))[np.arange(B), y]
+    mean = np.array([q[y == c].mean() if (y == c).any() else 0 for c in range(C)])
+    np.testing.assert_allclose(out.states[0].mean, mean, atol=1e-6)
+    low = mean[:3] <= mean[:3].mean()
+    assert (out.metrics["lpa/raised"], out.metrics["lpa/lowered"]) == (low.sum(), (~low).sum())
+    again, _ = run(pj.lpa(bound=20.0, site="stage1", split=pj.by_accuracy()), problem, out.states)
+    np.testing.assert_allclose(again.states[0].mean, mean, atol=1e-6)  # clean again, not of the perturbed logits
+
+
+def test_expansion_is_the_classes_mean_norm_after_over_before(problem):
+    """Over the raised and over the lowered classes in the batch, at every sample's norm; class 3 is absent and left out."""
+    params, x, y = problem
+    out, _ = run(pj.chain(pj.lpa(bound=3.0, site="stage1", direction=SIGN), see()), problem)
+    before, after = (np.linalg.norm(v, axis=1) for v in (x @ params["a"], out.metrics["seen/value"]))
+    ratio = np.array([after[y == c].mean() / before[y == c].mean() for c in range(3)])
+    assert np.abs(ratio - 1).min() > 1e-2
+    np.testing.assert_allclose(out.metrics["lpa/expansion_raised"], ratio[[0, 2]].mean(), rtol=1e-5)
+    np.testing.assert_allclose(out.metrics["lpa/expansion_lowered"], ratio[1], rtol=1e-5)
+    up, _ = run(pj.lpa(bound=3.0, site="stage1", direction=1.0), problem)
+    assert up.metrics["lpa/expansion_lowered"] == 1 and up.metrics["lpa/expansion_raised"] != 1
+
+
+def flops(links, classes):
+    """Of loss and gradient, by the compiler's count before optimisation; nothing runs."""
+    f, shape = jnp.float32, jax.ShapeDtypeStruct
+    params = {"a": shape((D, D), f), "b": shape((D, D), f), "c": shape((D, classes), f)}
+    made = pj.objective(PIECES, links, num_classes=classes)
+    states = jax.eval_shape(lambda w: made.init(w, jnp.zeros((B, D))), params)
+    step = jax.jit(jax.value_and_grad(lambda w, s, x, y: made(w, s, pj.Batch(x, y))[0]))
+    cost = step.lower(params, states, shape((B, D), f), shape((B,), jnp.int32)).cost_analysis()
+    return (cost[0] if isinstance(cost, list) else cost)["flops"]
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1000])
+def test_nothing_but_the_class_means_scales_with_the_number_of_classes(classes):
+    """Each of T = 3 steps reruns the network (at most a plain step) and takes class means, 2·B·C·D, with a few operations on [C, D].
+
+    A pass for each class would be C plain steps.
+    """
+    means = 3 * classes * (2 * B * (D + 2) + 40 * D)
+    assert flops(pj.lpa(site="stage1", direction=1.0), classes) <= 4 * flops((), classes) + means
+    assert means < 3 * flops((), classes)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

@@ -125,3 +125,38 @@ def test_errors_say_what_to_write():
         pj.objective(MODEL, pj.manifold_mixup(sites=("stage3",)), num_classes=C)
     with pytest.raises(ValueError, match="manifold_mixup needs alpha > 0"):
         pj.manifold_mixup(alpha=-1.0)
+
+
+def test_the_binary_loss_is_that_of_the_code():
+    """binary_cross_entropy(softmax(u), ỹ), mean over classes, in float64 with its logarithms held at −100."""
+    rng = np.random.default_rng(0)
+    u, y = 3 * rng.normal(size=(8, C)), rng.dirichlet(np.ones(C), size=8)
+    p = np.exp(u) / np.exp(u).sum(1, keepdims=True)
+    expected = -(y * np.maximum(np.log(p), -100) + (1 - y) * np.maximum(np.log1p(-p), -100)).mean(1)
+    log_p = jax.nn.log_softmax(jnp.float32(u))
+    np.testing.assert_allclose(pj.softmax_binary_cross_entropy(log_p, jnp.float32(y)), expected, rtol=1e-5)
+    with jax.enable_x64(True):  # the gradient by the logits: Σ_c (p_c − y_c)/(C (1 − p_c)) · ∂u_c-terms, by differences
+        loss = lambda u: pj.softmax_binary_cross_entropy(jax.nn.log_softmax(u), jnp.asarray(y)).sum()
+        grad, step = jax.grad(loss)(jnp.asarray(u)), 1e-5 * np.eye(C)[0][None]
+        np.testing.assert_allclose(grad[:, 0].sum(), (loss(u + step) - loss(u - step)) / 2e-5, rtol=1e-6)
+
+
+def test_the_binary_loss_stays_finite_where_a_probability_is_one():
+    value, grad = jax.value_and_grad(
+        lambda u: pj.softmax_binary_cross_entropy(jax.nn.log_softmax(u), jnp.array([[1.0, 0, 0], [0, 1.0, 0]])).sum()
+    )(jnp.array([[200.0, 0, 0], [200.0, 0, 0]]))
+    assert np.isfinite(value) and np.isfinite(grad).all() and value > 50
+
+
+def test_manifold_mixup_trains_on_the_binary_loss_if_told_to():
+    params, batch = problem()
+    made = [pj.objective(MODEL, pj.manifold_mixup(loss=loss), num_classes=C) for loss in ("ce", "binary")]
+    ce, binary = (m(params, m.init(params, batch.inputs), batch, key=jax.random.key(5))[1] for m in made)
+    np.testing.assert_array_equal(ce.logits, binary.logits)  # the same mixtures
+    see = watch("loss", "behind")
+    m = pj.objective(MODEL, pj.chain(pj.manifold_mixup(loss="binary"), see), num_classes=C)
+    targets = m(params, m.init(params, batch.inputs), batch, key=jax.random.key(5))[1].metrics["behind loss/targets"]
+    expected = pj.softmax_binary_cross_entropy(jax.nn.log_softmax(binary.logits), targets)
+    np.testing.assert_allclose(binary.losses, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="manifold_mixup needs loss to be one of its names, got 'bce'"):
+        pj.manifold_mixup(loss="bce")

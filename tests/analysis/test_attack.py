@@ -197,7 +197,7 @@ def test_compare_attacks_its_nets_once_and_shows_what_is_left(tmp_path, monkeypa
         strong = [entry["attacks"][f"pgd(bound={bound}, num_steps=3)"]["mean"] for bound in (0.1, 0.2)]
         assert strong[1] < strong[0] < entry["accuracy"]["mean"]
     table, page = (tmp_path / "table.md").read_text(), (tmp_path / "report.html").read_text()
-    assert "| pgd 1 | pgd 2 | universal |" in table and "pgd 2: accuracy under pgd(bound=0.2, num_steps=3)" in table
+    assert "| pgd 1 | pgd 2 | univ. |" in table and "pgd 2: accuracy under pgd(bound=0.2, num_steps=3)" in table
     assert "<small>%, attacked</small>" in page and "under the attack universal(bound=0.2, epochs=1)" in page
     assert "pgd 1" in capsys.readouterr().out
 

@@ -1,0 +1,185 @@
+"""experiments/domains.py: leave one domain out from end to end, what is shared, chosen and resumed, and bad input."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import compare, domains, shared
+from perturbjax.data.domains import pooled, split_domains
+from perturbjax.training.step import compiled_step
+
+pytestmark = pytest.mark.optax_promotes  # schedules
+
+QUICK = ["--steps", "6", "--evaluate-every", "2", "--batch-size", "6", "--model", "mlp", "--width", "4"]
+
+
+def write(path, *, domains=3, keep=None, **changes):
+    """135 images of 8x8 pixels whose class is a row of light and whose domain a colour of the rest."""
+    rng = np.random.default_rng(0)
+    labels, of = np.arange(135) % 3, np.arange(135) // 3 % domains
+    images = rng.integers(0, 40, (135, 8, 8, 3))
+    for image, label, domain in zip(images, labels, of, strict=True):
+        image[2 * label : 2 * label + 3] += 150
+        image[..., domain % 3] += 50
+    arrays = dict(images=images.astype(np.uint8), labels=labels, domains=of, class_names=np.array(list("xyz")))
+    arrays["domain_names"] = np.array(["art", "photo", "sketch", "clip"][:domains])
+    if keep is not None:
+        arrays |= {name: arrays[name][keep(labels, of)] for name in ("images", "labels", "domains")}
+    np.savez(path, **{name: value for name, value in (arrays | changes).items() if value is not None})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("domains") / "TINY.npz")
+
+
+def found(folder):
+    return json.loads((folder / "domains.json").read_text())
+
+
+@pytest.mark.slow
+def test_all_methods_of_the_protocol_give_a_table_and_finished_runs_are_kept(data, tmp_path, capsys):
+    methods = [
+        "erm",
+        "coral",
+        "dann",
+        "domain_mixup",
+        "rsc",
+        "swad",
+        "lpa(site=stage1)",
+        "lpa(site=stage1)+swad",
+        "pcgrad(groups=domains)",
+    ]
+    command = ["--data", data, *QUICK, "--out", str(tmp_path)]
+    domains.main([*command, "--methods", ", ".join(methods[:6]), "--seeds", "1"])
+    said = capsys.readouterr().out
+    assert "18 of 18 runs trained, 6 compiled steps" in said
+    first = found(tmp_path)
+    domains.main([*command, "--methods", ", ".join(methods), "--seeds", "1"])
+    said = capsys.readouterr().out
+    assert "9 of 27 runs trained, 3 compiled steps" in said
+    assert "note: lpa(site=stage1) is lpa(site=stage1, split=all): all classes are raised" in said
+    assert "training-domain validation" in " ".join(said.split())
+    second = found(tmp_path)
+    assert list(second["methods"]) == methods and second["held_out"] == ["art", "photo", "sketch"]
+    for typed in methods[:6]:
+        assert second["methods"][typed] == first["methods"][typed]
+    for typed, entry in second["methods"].items():
+        accuracies = [entry["domains"][name]["mean"] for name in second["held_out"]]
+        assert entry["mean"]["mean"] == pytest.approx(np.mean(accuracies)) and 0 <= min(accuracies) <= max(accuracies) <= 1
+        for run in entry["runs"]:
+            assert run["sizes"] == {"train": 72, "validation": 18, "test": 36}
+            if "swad" in typed:
+                assert run["window"][1] <= 6 and run["step"] is None
+            else:
+                curve = run["curve"]
+                best = int(np.argmax(curve["validation_accuracy"]))
+                assert (run["step"], run["validation_accuracy"]) == (curve["step"][best], curve["validation_accuracy"][best])
+                assert curve["step"] == [2, 4, 6]
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert (
+        table[0] == "| method | art | photo | sketch | mean |"
+        and table[2].startswith("| erm | ")
+        and len(table[2].split("|")) == 7
+    )
+
+
+def test_one_compiled_step_serves_all_left_out_domains_and_seeds(data, tmp_path, capsys):
+    """And swad is plain training up to its average: ERM's curve."""
+    settings = domains.DomainsSettings(
+        data=data, model="mlp", width=4, steps=6, batch_size=6, evaluate_every=2, methods="swad, erm"
+    )
+    methods, _ = domains.parse_methods(settings)
+    whole = pooled(shared.load_view(settings, 0))
+    steps = [compiled_step(domains.recipe_of(settings, whole, method)) for method, _ in methods.values()]
+    before = [step._cache_size() for step in steps]
+    arguments = ["--data", data, *QUICK, "--methods", "swad, erm", "--seeds", "2", "--out", str(tmp_path)]
+    domains.main(arguments)
+    said = capsys.readouterr().out
+    assert "12 of 12 runs trained, 2 compiled steps" in said and said.count("weights of steps") == 6
+    assert all(step._cache_size() <= max(size, 1) for step, size in zip(steps, before, strict=True))
+    swad, erm = (found(tmp_path)["methods"][name] for name in ("swad", "erm"))
+    for one, other in zip(swad["runs"], erm["runs"], strict=True):
+        assert one["sizes"] == {"train": 72, "validation": 18, "test": 36} and one["step"] is None
+        curve, ends = other["curve"], one["window"]
+        best = int(np.argmax(curve["validation_accuracy"]))
+        assert curve["step"] == [2, 4, 6] and other["step"] == curve["step"][best] and ends[0] < ends[1] <= 6
+        np.testing.assert_allclose(one["curve"]["loss"], other["curve"]["loss"], rtol=1e-5)
+    domains.main(arguments)
+    assert "0 of 12 runs trained, 0 compiled steps" in capsys.readouterr().out
+    assert found(tmp_path)["methods"]["swad"] == swad
+    assert len(erm["domains"]["art"]["values"]) == 2 and "±" in (tmp_path / "table.md").read_text()
+
+
+def test_it_learns_what_the_domains_share(tmp_path):
+    """The row of light gives the class in every domain; the numbers of a run are those of its seed alone."""
+    out = tmp_path / "out"
+    file = write(tmp_path / "TINY.npz")
+    command = [
+        "--data",
+        file,
+        "--model",
+        "mlp",
+        "--width",
+        "16",
+        "--steps",
+        "60",
+        "--evaluate-every",
+        "20",
+        "--methods",
+        "erm",
+        "--augment",
+        "False",
+    ]
+    domains.main(
+        [*command, "--batch-size", "12", "--learning-rate", "0.01", "--seeds", "1", "--held-out", "photo", "--out", str(out)]
+    )
+    entry = found(out)["methods"]["erm"]
+    assert list(entry["domains"]) == ["photo"] and entry["mean"]["mean"] > 0.8
+    [run] = entry["runs"]
+    split = split_domains(pooled(shared.load_view(domains.DomainsSettings(data=file), 0)), 1, seed=0)
+    assert run["sizes"]["test"] == len(split.test)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        (dict(domains=1), [], r"pooled needs at least 2 domains in TINY, got 1 \(art\)"),
+        (dict(domains=2), ["--methods", "erm, coral"], "coral: coral needs at least 2 training domains, got 1"),
+        ({}, ["--methods", "erm, corall"], "corall"),
+        ({}, ["--methods", "erm, erm"], "every method once, got 'erm' twice"),
+        ({}, ["--methods", "coral(weight=-1)"], "coral needs weight >= 0, got -1"),
+        ({}, ["--held-out", "foto"], "got 'foto'. Did you mean 'photo'"),
+        ({}, ["--batch-size", "60"], "a batch of 1 to 36 samples of each domain"),
+        ({}, ["--epochs", "3"], "--epochs is not for domains.py, got 3"),
+        ({}, ["--steps", "0"], "--steps needs steps >= 1, got 0"),
+        ({}, ["--evaluate-every", "9"], "--evaluate-every needs 1 <= evaluate_every <= 6, got 9"),
+        ({}, ["--view", "leave_out(art)"], "pooled needs TINY without a validation set"),
+        ({}, ["--optimizer", "sgd", "--learning-rate", "1e20"], "erm, without art, seed 0: training needs finite losses"),
+        (dict(keep=lambda y, d: (y != 2) | (d == 1)), [], "every class without the domain 'photo', got none of 'z'"),
+    ],
+)  # fmt: skip
+def test_bad_input(tmp_path, changes, flags, message):
+    file = write(tmp_path / "TINY.npz", **changes)
+    with pytest.raises(ValueError if "finite" not in message else FloatingPointError, match=message):
+        domains.main(["--data", file, "--methods", "erm", *QUICK, "--seeds", "1", "--out", str(tmp_path / "out"), *flags])
+
+
+def test_data_without_domains():
+    with pytest.raises(ValueError, match="pooled needs domains of all samples of digits, got none. Give a folder"):
+        domains.main(["--data", "digits", "--methods", "erm", *QUICK])
+
+
+def test_a_class_that_a_domain_lacks_is_told(tmp_path, capsys):
+    file = write(tmp_path / "TINY.npz", keep=lambda y, d: (y != 2) | (d != 1))
+    domains.main(
+        ["--data", file, "--methods", "erm", *QUICK, "--seeds", "1", "--held-out", "art", "--out", str(tmp_path / "out")]
+    )
+    assert "note: The domain 'photo' has no samples of 'z'." in capsys.readouterr().out
+
+
+def test_the_other_scripts_refuse_swad(data):
+    with pytest.raises(ValueError, match="swad: swad needs validation losses and a window, got a script without them"):
+        compare.main(["--data", data, "--view", "none", "--epochs", "1", "--methods", "ce, swad"])
