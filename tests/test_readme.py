@@ -8,7 +8,7 @@ import shlex
 import pytest
 import tyro
 
-from experiments import audit, bench, compare, landscape, shared, sweep, train
+from experiments import audit, bench, compare, domains, landscape, shared, sweep, train
 from perturbjax import taxonomy
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
@@ -17,6 +17,7 @@ SCRIPTS = {
     "compare.py": compare.CompareSettings,
     "train.py": train.TrainSettings,
     "bench.py": bench.BenchSettings,
+    "domains.py": domains.DomainsSettings,
     "landscape.py": landscape.LandscapeSettings,
     "sweep.py": sweep.SweepSettings,
 }

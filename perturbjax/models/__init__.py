@@ -89,7 +89,7 @@ def create(
       dtype: of the layers' arithmetic (parameters are float32). head: "linear" or "cosine". dropout: rate inside the stages, the
         bilstm's embedding; None: the model's own (images 0, bilstm 0.5, bert-base 0.1).
       conv: "canonical", or "lax" for forward mode. remat: recompute each block in the backward pass, for memory; mlp and bilstm ignore
-        it. options: the model's own fields (`hidden`, `num_stages`, ...).
+        it. options: the model's own fields (`hidden`, `num_stages`, `stochastic_depth`, ...).
     """
     known = NAMES + TEXT_NAMES
     if name not in known:
