@@ -97,9 +97,7 @@ class Perturbation(NamedTuple):
     search: bool = False  # reruns the rest of the pass: left out of the rest of earlier links, so that costs add up
     needs: tuple[str, ...] = ()  # sites in the trace, and "head", "cosine", "class_counts", "domains": checked before training
     name: str = ""  # of the method it belongs to, for metrics and messages; set by @method
-    shared: bool = (
-        False  # links with the same `init` have one state: each gets it as the one before left it (sites up to the loss)
-    )
+    shared: bool = False  # links with one `init` have one state, each as the link before left it (sites up to the loss)
 
 
 Chain = tuple[Perturbation, ...]

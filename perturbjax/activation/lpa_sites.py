@@ -77,9 +77,8 @@ def site_links(
         check(context)
         return SitesState(init_split(context), jnp.zeros([len(sites)], jnp.float32))
 
-    seen = (
-        f"lpa {id(init)}"  # in flow.extra, of these links alone: (whether the split has this batch, metrics of the active site)
-    )
+    # In flow.extra, of these links alone: (whether the split has this batch, metrics of the active site).
+    seen = f"lpa {id(init)}"
 
     def link(number: int, site: str) -> Perturbation:
         def apply(flow: Flow, rest: Rest, state: SitesState, context: Context):
