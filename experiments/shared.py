@@ -29,7 +29,7 @@ from perturbjax.checks import check_number, nearest
 from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load
 from perturbjax.data.text import Tokenizer, read_vectors
 from perturbjax.loss.teacher import load_teacher
-from perturbjax.models import bert_fields, create, load_bert, with_vectors
+from perturbjax.models import bert_fields, create, load_bert, load_resnet, resnet_fields, with_vectors
 from perturbjax.parameter.swad import is_swad
 from perturbjax.training import (
     Devices,
@@ -70,8 +70,8 @@ class Settings:
     vocabulary_size: int | None = None
     """Words of that vocabulary, at most; 25,000 if not given."""
     model: str = "mlp"
-    """mlp, cnn, resnet8/20/32/44/56/110, wrn16-8, wrn28-10, shake26; of texts bilstm, bert-base, which bring the taxonomy
-    paper's protocol for texts along: view, epochs, optimiser and schedule below."""
+    """mlp, cnn, resnet8/20/32/44/56/110, se_resnet20/110, wrn16-8, wrn28-10, shake26, resnet50/101 (for large images); of texts bilstm,
+    bert-base, which bring the taxonomy paper's protocol for texts along: view, epochs, optimiser and schedule below."""
     width: int | None = None
     """Channels of the model's first layer; the model's own if not given."""
     head: str | None = None
@@ -87,7 +87,7 @@ class Settings:
     vectors: str | None = None
     """A file of word vectors in GloVe's form, for the bilstm to start from."""
     weights: str | None = None
-    """A .safetensors file of public weights, for bert-base to start from."""
+    """A .safetensors file of public weights, for bert-base, resnet50 or resnet101 to start from."""
     bfloat16: bool = False
     """Compute the layers in bfloat16; parameters, logits and losses stay float32."""
     remat: bool = False
@@ -403,7 +403,7 @@ def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tup
     own |= branch_options(settings)
     if dataset.tokenizer is None:
         mean, std = stats or dataset.channel_stats()
-        own |= {"mean": mean, "std": tuple(s if s > 0 else 1.0 for s in std)}  # a constant channel stays constant
+        own = {"mean": mean, "std": tuple(s if s > 0 else 1.0 for s in std)} | own  # a constant channel stays constant
     else:
         own |= {"vocabulary_size": len(dataset.tokenizer.words)}
     model = create(
@@ -426,32 +426,50 @@ def branch_options(settings: Settings) -> dict[str, float]:
     """The model's fields for what happens on its residual branches."""
     given = {name: value for name in ("stochastic_depth", "shakedrop") if (value := getattr(settings, name))}
     for name in given:
-        if not settings.model.startswith(("resnet", "wrn")):
+        if not settings.model.startswith(("resnet", "se_resnet", "wrn")) or settings.model in ("resnet50", "resnet101"):
             raise ValueError(
-                f"--{name.replace('_', '-')} needs --model resnet… or wrn…, whose blocks have one branch, got {settings.model}. "
+                f"--{name.replace('_', '-')} needs --model resnet8 to resnet110, se_resnet… or wrn…, got {settings.model}. "
                 "Write --model resnet20, or leave it out."
             )
     return given
 
 
+PRETRAINED = {"vectors": ("bilstm",), "weights": ("bert-base", "resnet50", "resnet101")}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # what public weights of images were trained with
+
+
 def pretrained(settings: Settings, dataset: Dataset) -> tuple[dict[str, Any], Callable | None]:
-    """(the model's fields that public weights or word vectors fix, initial parameters -> those with these in place)."""
-    for flag, needed in (("vectors", "bilstm"), ("weights", "bert-base")):
-        if getattr(settings, flag) is not None and (settings.model != needed or dataset.tokenizer is None):
+    """(the model's fields that public weights or word vectors fix, initial variables -> those with these in place)."""
+    for flag, models in PRETRAINED.items():
+        if getattr(settings, flag) is not None and (
+            settings.model not in models or (dataset.tokenizer is None) != settings.model.startswith("resnet")
+        ):
+            needed = " or of images resnet50, resnet101" if flag == "weights" else ""
             raise ValueError(
-                f"--{flag} needs texts and --model {needed}, got {dataset.kind} and {settings.model}. Leave it out."
+                f"--{flag} needs texts and --model {models[0]}{needed}, got {dataset.kind} and {settings.model}. Leave it out."
             )
+    if settings.weights is not None and dataset.tokenizer is None:
+        if dataset.image_shape[-1] != 3:
+            raise ValueError(f"--weights needs colour images, got {dataset.image_shape[-1]} channels. Leave it out.")
+        return IMAGENET | {"blocks": resnet_fields(settings.weights)["blocks"]}, functools.partial(
+            load_resnet, settings.weights
+        )
     if settings.vectors is not None:
         vectors, found = word_vectors(settings.vectors, dataset.tokenizer)
-        return {"embedding": vectors.shape[1]}, functools.partial(with_vectors, vectors=vectors, found=found)
+        return {"embedding": vectors.shape[1]}, of_params(functools.partial(with_vectors, vectors=vectors, found=found))
     if settings.weights is not None:
         fields = bert_fields(settings.weights)
         words, given = fields.pop("vocabulary_size"), len(dataset.tokenizer.words)
         if settings.vocabulary is None or words != given:
             got = "none" if settings.vocabulary is None else f"{given} in {settings.vocabulary}"
             raise ValueError(f"--weights needs --vocabulary, their own vocab.txt of {words} pieces, got {got}.")
-        return fields, functools.partial(load_bert, settings.weights)
+        return fields, of_params(functools.partial(load_bert, settings.weights))
     return {}, None
+
+
+def of_params(change: Callable) -> Callable:
+    """The function of variables that changes their parameters."""
+    return lambda variables: {**variables, "params": change(variables["params"])}
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ import shlex
 import pytest
 import tyro
 
-from experiments import audit, bench, compare, domains, landscape, shared, sweep, train
+from experiments import audit, bench, compare, domains, explain, landscape, shared, sweep, train
 from perturbjax import taxonomy
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
@@ -18,6 +18,7 @@ SCRIPTS = {
     "train.py": train.TrainSettings,
     "bench.py": bench.BenchSettings,
     "domains.py": domains.DomainsSettings,
+    "explain.py": explain.ExplainSettings,
     "landscape.py": landscape.LandscapeSettings,
     "sweep.py": sweep.SweepSettings,
 }

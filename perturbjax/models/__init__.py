@@ -16,11 +16,15 @@
 | resnet44 | same | 658 586 |
 | resnet56 | same | 853 018 |
 | resnet110 | same | 1 727 962 |
+| se_resnet20 | squeeze-and-excitation (Hu et al., CVPR 2018), option B: the form of ISDA's experiments | 274 490 |
+| se_resnet110 | same | 1 742 810 |
 | wrn16-8 | Zagoruyko and Komodakis, BMVC 2016 | 10 961 370 |
 | wrn28-10 | same | 36 479 194 |
 | shake26 | Gastaldi, 2017: ResNet-26 2x32d, Shake-Shake | 2 923 162 |
+| resnet50 | He et al., table 1, for ImageNet's sizes; `load_resnet` fills in public weights | 23 528 522 |
+| resnet101 | same | 42 520 650 |
 
-resnet* and wrn* take `stochastic_depth=0.5` or `shakedrop=0.5`, the rate of the last block; shake26 takes `shake=False`.
+resnet8 to 110, se_resnet* and wrn* take `stochastic_depth=0.5` or `shakedrop=0.5`, the rate of the last block; shake26 takes `shake=False`.
 
 Models of texts take tokens [B, L]; perturbations of the input act at their site `embedding`:
 
@@ -43,9 +47,10 @@ import jax.numpy as jnp
 from perturbjax.models.bert import Bert, bert_fields, load_bert
 from perturbjax.models.bilstm import BiLSTM
 from perturbjax.models.cnn import CNN
+from perturbjax.models.imagenet import ImageNetResNet, load_resnet, resnet_fields
 from perturbjax.models.mlp import MLP
 from perturbjax.models.net import Net
-from perturbjax.models.resnet import ResNet, ShakeResNet, WideResNet
+from perturbjax.models.resnet import ResNet, SEResNet, ShakeResNet, WideResNet
 from perturbjax.models.safetensors import read_safetensors
 from perturbjax.models.text import TextNet, with_vectors
 
@@ -53,9 +58,12 @@ _MODELS: dict[str, Callable[..., Net]] = {
     "mlp": MLP,
     "cnn": CNN,
     **{f"resnet{depth}": partial(ResNet, depth=depth) for depth in (8, 20, 32, 44, 56, 110)},
+    **{f"se_resnet{depth}": partial(SEResNet, depth=depth) for depth in (20, 110)},
     "wrn16-8": partial(WideResNet, depth=16, widen=8),
     "wrn28-10": partial(WideResNet, depth=28, widen=10),
     "shake26": partial(ShakeResNet, depth=26, widen=2),
+    "resnet50": partial(ImageNetResNet, blocks=(3, 4, 6, 3)),
+    "resnet101": partial(ImageNetResNet, blocks=(3, 4, 23, 3)),
 }
 NAMES = tuple(_MODELS)
 """Of the models of images."""
@@ -84,8 +92,8 @@ def create(
     Args:
       name: one of NAMES or TEXT_NAMES. num_classes: C.
       mean, std: of images: of the pixels in [0, 1], one number per channel. vocabulary_size: of texts: words, with the padding.
-      width: channels of the first layer (default 16); for the mlp the size of the first hidden layer, the second has half of it; for
-        the bilstm units each way (100); of bert-base the size of all states (768).
+      width: channels of the first layer (default 16; resnet50, resnet101: 64); for the mlp the size of the first hidden layer, the
+        second has half of it; for the bilstm units each way (100); of bert-base the size of all states (768).
       dtype: of the layers' arithmetic (parameters are float32). head: "linear" or "cosine". dropout: rate inside the stages, the
         bilstm's embedding; None: the model's own (images 0, bilstm 0.5, bert-base 0.1).
       conv: "canonical", or "lax" for forward mode. remat: recompute each block in the backward pass, for memory; mlp and bilstm ignore

@@ -3,10 +3,13 @@ r"""Residual networks for small images.
     ResNet      y = relu(norm(conv(relu(norm(conv(x))))) + S x)      S: every stride-th pixel, missing channels are zero (option A)
     WideResNet  y = conv(drop(relu(norm(conv(h))))) + S x            h = relu(norm(x)); S x = x, or a 1x1 convolution of h
     ShakeResNet y = α F₁(x) + (1 − α) F₂(x) + S x                    F(x) = norm(conv(drop(relu(norm(conv(relu(x)))))))
+    SEResNet    y = relu(s ⊙ F(x) + S x)                             F as in ResNet; s = sigmoid(W₂ relu(W₁ F̄)), F̄ its mean over pixels;
+                                                                     S x = x, or norm(1x1 convolution of x) (option B)
 
-The branches of the first two may be switched off or shaken at random: stochastic depth, ShakeDrop (shake.py).
+The branches of all but ShakeResNet may be switched off or shaken at random: stochastic depth, ShakeDrop (shake.py).
 Sources: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
 Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016. Gastaldi, "Shake-Shake Regularization", 2017, and its code.
+Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018; in the form of ISDA's experiments (Wang et al., NeurIPS 2019, and their code).
 """
 
 from functools import partial
@@ -44,7 +47,7 @@ class Residual(ConvNet, kw_only=True):
     def stages(self, block, width: int, ops: Ops):
         n, drawn = (self.depth - self.outside) // 6, self.branches
         of = lambda i: None if drawn is None else drawn[i * n : (i + 1) * n]
-        return {f"stage{i + 1}": partial(Stage, self.block(block), n, width * 2**i, 1 + (i > 0), ops, of(i)) for i in range(3)}
+        return {f"stage{i + 1}": partial(Stage, block, n, width * 2**i, 1 + (i > 0), ops, of(i)) for i in range(3)}
 
 
 class OneBranch(Residual, kw_only=True):
@@ -81,7 +84,29 @@ class ResNet(OneBranch, kw_only=True):
     def layers(self, train):
         ops = self.ops(train)
         stem = partial(self.block(Unit), self.width, 1, ops)
-        return {"stem": stem} | self.stages(Block, self.width, ops) | {"features": Features}
+        return {"stem": stem} | self.stages(self.block(Block), self.width, ops) | {"features": Features}
+
+
+class SEResNet(OneBranch, kw_only=True):
+    """depth = 6n + 2, as ResNet, with squeeze-and-excitation on every branch and option B's shortcuts.
+
+    reduction: of channels between W₁ and W₂, to one at least.
+    """
+
+    depth: int = 110
+    reduction: int = 16
+
+    outside, fan = 2, "fan_out"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reduction < 1:
+            raise ValueError(f"SEResNet needs reduction >= 1, got {self.reduction}. Write reduction=16.")
+
+    def layers(self, train):
+        ops = self.ops(train)
+        stem, block = partial(self.block(Unit), self.width, 1, ops), partial(self.block(SEBlock), reduction=self.reduction)
+        return {"stem": stem} | self.stages(block, self.width, ops) | {"features": Features}
 
 
 class WideResNet(OneBranch, kw_only=True):
@@ -95,7 +120,9 @@ class WideResNet(OneBranch, kw_only=True):
     def layers(self, train):
         ops = self.ops(train)
         stem, features = partial(Convolution, self.width, ops), partial(ActivatedFeatures, ops)
-        return {"stem": stem} | self.stages(PreActivationBlock, self.widen * self.width, ops) | {"features": features}
+        return (
+            {"stem": stem} | self.stages(self.block(PreActivationBlock), self.widen * self.width, ops) | {"features": features}
+        )
 
 
 class ShakeResNet(Residual, kw_only=True):
@@ -131,6 +158,43 @@ class Block(nn.Module):
         y = ops.norm("norm2", ops.conv("conv2", ops.drop("drop", y), self.features))
         y = ops.residual("branch", y)
         return nn.relu(y + subsampled(x, self.features, self.stride))
+
+
+class SEBlock(nn.Module):
+    """relu(s ⊙ norm(conv(relu(norm(conv(x))))) + S x)."""
+
+    features: int
+    stride: int
+    ops: Ops
+    reduction: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ops = self.ops
+        y = nn.relu(ops.norm("norm1", ops.conv("conv1", x, self.features, self.stride)))
+        y = ops.norm("norm2", ops.conv("conv2", ops.drop("drop", y), self.features))
+        y = ops.residual("branch", Excitation(self.reduction, name="excitation")(y))
+        if x.shape[-1] == self.features and self.stride == 1:
+            return nn.relu(y + x)
+        shortcut = ops.conv("shortcut", x, self.features, self.stride, size=1)
+        return nn.relu(y + ops.norm("shortcut_norm", shortcut))
+
+
+class Excitation(nn.Module):
+    """s ⊙ x: every channel by a factor in (0, 1) that depends on the means of all; both layers have no bias."""
+
+    reduction: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        mean = pooled(x)
+        dense = partial(nn.Dense, use_bias=False, dtype=mean.dtype, kernel_init=LINEAR)
+        inner = nn.relu(dense(max(1, x.shape[-1] // self.reduction), name="squeeze")(mean))
+        factors = nn.sigmoid(dense(x.shape[-1], name="excite")(inner))
+        return factors.astype(x.dtype)[:, None, None] * x
+
+
+LINEAR = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(±1/√fan-in), as in that code
 
 
 class PreActivationBlock(nn.Module):

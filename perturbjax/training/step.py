@@ -51,7 +51,8 @@ class Recipe:
     """"sgd" (coupled weight decay), "adam" (coupled, too) or "adamw" (decoupled); the momentum is β₁ of the latter two, whose β₂ is
     0.999."""
     initial: Callable[[Any], Any] | None = dataclasses.field(default=None, compare=False)
-    """Initial parameters -> those to start from: pretrained weights, word vectors. Compiles nothing, so recipes are equal without it."""
+    """Initial variables, {"params", "batch_stats"}, -> those to start from: pretrained weights and statistics, word vectors. Compiles
+    nothing, so recipes are equal without it."""
     num_domains: int | None = None
     """D, where the data has domains; links then find those of a batch in side["domain"]."""
 
@@ -210,8 +211,8 @@ def init_state(recipe: Recipe, numbers: dict, data: DeviceData, seed: int) -> Tr
     init_key, run_key = jax.random.split(key)
     example = pixels(data.images[:1])
     variables = _compiled_init(recipe.model)(init_key, example)
+    variables = variables if recipe.initial is None else recipe.initial(variables)
     params, stats = variables["params"], variables.get("batch_stats", {})
-    params = params if recipe.initial is None else recipe.initial(params)
     made, tx = build(recipe, numbers, np.asarray(data.class_counts))
     like = jax.ShapeDtypeStruct((recipe.batch_size, *example.shape[1:]), example.dtype)
     # Every leaf gets a buffer of its own (a method's init may use one array twice): the step donates them.

@@ -243,8 +243,10 @@ def test_the_flags_reach_the_model():
     dataset = shared.load_view(settings, 0)
     model = shared.make_recipe(settings, dataset, lambda numbers: ()).model
     assert (model.shakedrop, model.stochastic_depth) == (0.25, 0.0)
-    for wrong in ("mlp", "shake26"):
-        with pytest.raises(ValueError, match=f"--stochastic-depth needs --model resnet… or wrn…, .*got {wrong}. Write --model"):
+    for wrong in ("mlp", "shake26", "resnet50"):
+        with pytest.raises(
+            ValueError, match=f"--stochastic-depth needs --model resnet8 to resnet110, .*got {wrong}. Write --model"
+        ):
             shared.branch_options(shared.Settings(model=wrong, stochastic_depth=0.5))
 
 

@@ -164,7 +164,8 @@ def test_an_unknown_optimiser_names_the_nearest():
 def test_training_starts_from_given_parameters():
     size = len(dataset().tokenizer.words)
     vectors, found = np.full([size, 6], 0.25, np.float32), np.arange(size) > 3
-    r = dataclasses.replace(recipe(), initial=functools.partial(with_vectors, vectors=vectors, found=found))
+    put = functools.partial(with_vectors, vectors=vectors, found=found)
+    r = dataclasses.replace(recipe(), initial=lambda variables: {**variables, "params": put(variables["params"])})
     table = init_state(r, NUMBERS, device_data(dataset()), 0).params["embedding"]["embedding"]
     np.testing.assert_array_equal(table[found], vectors[found])
     assert r == recipe() and hash(r) == hash(recipe())  # one compilation for both
