@@ -67,8 +67,8 @@ def test_without_a_pair_there_is_no_penalty_and_a_finite_gradient():
     penalty = jax.jit(jax.value_and_grad(lambda a, d: pj.coral_penalty(a, d, num_domains=4)))
     for domains in ([0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 0, 1], [-1, 9, 0, 0]):
         value, grad = penalty(features, jnp.array(domains))
-        assert value == 0
-        np.testing.assert_array_equal(grad, 0)
+        assert abs(value) < 1e-12  # a mean that is fused with its use is rounded otherwise
+        np.testing.assert_allclose(grad, 0, atol=1e-6)
 
 
 def test_descending_the_penalty_brings_the_domains_together():
