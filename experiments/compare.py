@@ -32,9 +32,12 @@ from perturbjax.data import Dataset, epoch_order
 from perturbjax.training import Checkpoints, History, Recipe, Run, RunFolder, cost_ratios, device_data, fit_many, init_state
 from perturbjax.training.devices import to_host
 from perturbjax.training.folder import keep_model
+from perturbjax.training.loop import extra_gradients
 from perturbjax.training.step import as_arrays, compiled_step
 
 PLAIN = "ce"
+SAME_WORK = 0.15
+"""Gradient evaluations a step by which the timed steps may differ from the run's, for periods that don't divide both."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,7 @@ def finished(settings: CompareSettings, file: pathlib.Path, methods: list[str], 
     if found is None:
         return None
     same = list(found["methods"]) == methods and found["settings"]["seeds"] == seeds
-    timed = not settings.cost_rounds or all(entry["cost_ratio"] is not None for entry in found["methods"].values())
+    timed = not settings.cost_rounds or next(iter(found["methods"].values()))["cost_ratio"] is not None
     return found if same and timed else None
 
 
@@ -120,7 +123,10 @@ def summarise(settings: ManySettings, datasets: list[Dataset], methods: dict, hi
     costs = measure_costs(settings, datasets[0], methods, settings.cost_rounds) if settings.cost_rounds else {}
     reference = next(iter(methods))
     for typed, entry in results["methods"].items():
-        entry["cost_ratio"] = costs.get(typed)
+        ratio, evaluations = costs.get(typed, (None, None))
+        # The first steps are timed: they say nothing of a method that does more, or less, in another part of the run.
+        whole = evaluations is not None and abs(evaluations - entry["gradient_evaluations"]) < SAME_WORK
+        entry["cost_ratio"] = ratio if whole else None
         if typed != reference:
             first = results["methods"][reference]["accuracy"]["values"]
             entry["difference"] = paired_difference(entry["accuracy"]["values"], first)
@@ -272,21 +278,23 @@ def split_off(one: Planned, history: History, common: pathlib.Path) -> None:
         (one.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
 
 
-def measure_costs(settings: shared.Settings, dataset: Dataset, methods: dict, rounds: int) -> dict[str, float]:
-    """Each method's step time over that of plain training, in paired rounds on the run's own data."""
+def measure_costs(settings: shared.Settings, dataset: Dataset, methods: dict, rounds: int) -> dict[str, tuple[float, float]]:
+    """(step time over that of plain training, gradient evaluations a step) of each method, in paired rounds on the run's own data."""
     timed = dict(methods) if PLAIN in methods else {PLAIN: shared.parse_methods(PLAIN)[PLAIN], **methods}
-    programs = {typed: stepper(settings, dataset, *what) for typed, what in timed.items()}
+    made = {typed: stepper(settings, dataset, *what) for typed, what in timed.items()}
+    programs = {typed: run for typed, (run, _) in made.items()}
     began = time.perf_counter()
     jax.block_until_ready(programs[PLAIN]())
     jax.block_until_ready(programs[PLAIN]())
     once = (time.perf_counter() - began) / 2
     # Short steps are repeated within a round, so that a round is no shorter than the clock's and the scheduler's noise.
     steps = max(1, min(50, int(0.05 / max(once, 1e-4))))
-    return cost_ratios(programs, PLAIN, rounds=rounds, steps=steps)
+    ratios = cost_ratios(programs, PLAIN, rounds=rounds, steps=steps)
+    return {typed: (ratio, made[typed][1]()) for typed, ratio in ratios.items()}
 
 
 def stepper(settings: shared.Settings, dataset: Dataset, method: shared.Method, numbers: tuple):
-    """A call that trains one more step on the first batch."""
+    """(A call that trains one more step on the first batch, a call that gives the gradient evaluations a step so far)."""
     recipe, wanted = (
         shared.make_recipe(settings, dataset, method, shared.channel_stats(settings)),
         shared.make_numbers(settings, numbers),
@@ -300,7 +308,7 @@ def stepper(settings: shared.Settings, dataset: Dataset, method: shared.Method, 
         held[0], metrics, _ = step(held[0], arrays, data, index)
         return metrics["loss"]
 
-    return run
+    return run, lambda: 1 + extra_gradients(held[0].opt_state) / int(held[0].step)
 
 
 if __name__ == "__main__":

@@ -65,27 +65,7 @@ def main(argv: list[str]) -> None:
     """Trains what is missing, looks, writes."""
     settings = shared.first_flags(argv, ExplainSettings, __doc__)
     check(settings)
-    console = Console()
-    if settings.runs:
-        out, folders = pathlib.Path(settings.out or settings.runs[0]), landscape.finished_runs(settings.runs)
-        named = bool(shared.value_of(argv, "--data"))
-        nets = [landscape.read(folder, settings, named=named) for folder in folders]
-        check_together(nets)
-        out.mkdir(parents=True, exist_ok=True)
-        look(nets, settings, out, console)
-        return
-    methods = shared.parse_methods(settings.methods, settings.plugin)
-    own = {field.name for field in dataclasses.fields(compare.CompareSettings)}
-    training = compare.CompareSettings(**{name: value for name, value in vars(settings).items() if name in own})
-    datasets = [shared.load_view(training, seed) for seed in range(settings.seeds)]
-    shared.check_runs(training, datasets[0], methods)
-    with shared.prepare_out(settings.out, "explain", settings.view, shared.identity(training, datasets[0])) as folder:
-        shared.print_notes(datasets[0], console)
-        compare.raise_diverged(compare.train_all(training, datasets, methods, folder.path, console)[1])
-        planned = compare.plan(training, datasets, methods, folder.path)
-        nets = [landscape.net_in(one.folder, one.typed, one.run.seed, one.run.dataset) for one in planned]
-        check_together(nets)
-        look(nets, settings, folder.path, console)
+    landscape.with_nets(argv, settings, "explain", look)
 
 
 def check(settings: ExplainSettings) -> None:
@@ -113,6 +93,7 @@ def check_together(nets: list[Net]) -> None:
 
 def look(nets: list[Net], settings: ExplainSettings, out: pathlib.Path, console: Console) -> None:
     """Draws and measures every net; writes and prints the results."""
+    check_together(nets)
     data = nets[0].dataset
     groups, titles = groups_by_frequency(data.class_counts), titles_of(nets)
     rows = np.random.default_rng(0).permutation(len(data.test_labels))[: settings.samples or None]

@@ -14,6 +14,7 @@ the nets that are there.
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -89,25 +90,28 @@ def main(argv: list[str]) -> None:
     """Trains what is missing, looks, writes."""
     settings = shared.first_flags(argv, LandscapeSettings, __doc__)
     check(settings)
+    with_nets(argv, settings, "landscape", look)
+
+
+def with_nets(argv: list[str], settings: Any, script: str, look: Callable) -> None:
+    """Calls look(nets, settings, folder to write to, console) on the nets of --runs, or on newly trained ones of --methods and --seeds."""
     console = Console()
     if settings.runs:
-        out, folders = pathlib.Path(settings.out or settings.runs[0]), finished_runs(settings.runs)
+        out, named = pathlib.Path(settings.out or settings.runs[0]), bool(shared.value_of(argv, "--data"))
+        nets = [read(folder, settings, named=named) for folder in finished_runs(settings.runs)]
         out.mkdir(parents=True, exist_ok=True)
-        look(
-            [read(folder, settings, named=bool(shared.value_of(argv, "--data"))) for folder in folders], settings, out, console
-        )
+        look(nets, settings, out, console)
         return
     methods = shared.parse_methods(settings.methods, settings.plugin)
     own = {field.name for field in dataclasses.fields(compare.CompareSettings)}
     training = compare.CompareSettings(**{name: value for name, value in vars(settings).items() if name in own})
     datasets = [shared.load_view(training, seed) for seed in range(settings.seeds)]
     shared.check_runs(training, datasets[0], methods)
-    with shared.prepare_out(settings.out, "landscape", settings.view, shared.identity(training, datasets[0])) as folder:
+    with shared.prepare_out(settings.out, script, settings.view, shared.identity(training, datasets[0])) as folder:
         shared.print_notes(datasets[0], console)
         compare.raise_diverged(compare.train_all(training, datasets, methods, folder.path, console)[1])
         planned = compare.plan(training, datasets, methods, folder.path)
-        nets = [net_in(one.folder, one.typed, one.run.seed, one.run.dataset) for one in planned]
-        look(nets, settings, folder.path, console)
+        look([net_in(one.folder, one.typed, one.run.seed, one.run.dataset) for one in planned], settings, folder.path, console)
 
 
 def check(settings: LandscapeSettings) -> None:
