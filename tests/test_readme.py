@@ -9,7 +9,8 @@ import pytest
 import tyro
 
 from experiments import audit, bench, compare, domains, explain, landscape, shared, sweep, train
-from perturbjax import taxonomy
+from perturbjax import spec, taxonomy
+from perturbjax.data import VIEWS
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 SCRIPTS = {
@@ -46,7 +47,7 @@ def test_every_command_has_flags_methods_and_views_that_exist(line):
     assert dataclasses.is_dataclass(parsed)
     assert shared.parse_methods(getattr(parsed, "methods", None) or parsed.method)
     if parsed.view != "none":
-        shared.spec.resolve(shared.spec.parse_chain(parsed.view), shared.VIEWS)
+        spec.resolve(spec.parse_chain(parsed.view), VIEWS)
 
 
 def test_no_placeholder_is_left():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import perturbjax as pj
-from experiments import compare, shared, train
+from experiments import compare, train
 from perturbjax.analysis import attack as pa
 
 RNG = np.random.default_rng(0)
@@ -204,7 +204,7 @@ def test_compare_attacks_its_nets_once_and_shows_what_is_left(tmp_path, monkeypa
     def never(*args, **kwargs):
         raise AssertionError("attacked again")
 
-    monkeypatch.setattr(shared, "load_teacher", never)
+    monkeypatch.setattr("experiments.shared.records.load_teacher", never)
     compare.main([*command, "--attack", ATTACKS])
     (tmp_path / "results.json").unlink()
     compare.main([*command, "--attack", ATTACKS])  # from each run's attack.json

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import gpu_check, shared
-from perturbjax import taxonomy
+from perturbjax import spec, taxonomy
 from perturbjax.core import TARGETS
 
 pytestmark = pytest.mark.optax_promotes  # schedules
@@ -104,7 +104,7 @@ def test_the_whole_rehearsal(tmp_path):
 
 def test_the_methods_of_the_first_part_cover_every_target():
     registry, sizes = taxonomy.registry(), gpu_check.Sizes()
-    typed = [chain for _, chain in shared.spec.parse_list(f"{sizes.first_methods}, {sizes.more_methods}")]
+    typed = [chain for _, chain in spec.parse_list(f"{sizes.first_methods}, {sizes.more_methods}")]
     covered = {target for [call] in typed if call.name != "ce" for target in registry[call.name].coordinates.target}
     there = {
         target for factory in registry.values() if hasattr(factory, "coordinates") for target in factory.coordinates.target

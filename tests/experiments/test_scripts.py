@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import bench, compare, shared, train
-from perturbjax.data import load
+from perturbjax import spec, taxonomy
+from perturbjax.data import VIEWS, load
 
 pytestmark = pytest.mark.optax_promotes  # schedules
 
@@ -74,7 +75,7 @@ CONFIGS = sorted(path.stem for path in shared.CONFIGS.glob("*.py"))
 def test_every_config_runs_in_its_small_version(name, tmp_path):
     settings = shared.read_config(name)
     compare.main(["--config", name, "--smoke", "--out", str(tmp_path)])
-    assert list(results(tmp_path)["methods"]) == [typed for typed, _ in shared.spec.parse_list(settings["methods"])]
+    assert list(results(tmp_path)["methods"]) == [typed for typed, _ in spec.parse_list(settings["methods"])]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -84,8 +85,8 @@ def test_every_config_names_methods_views_and_flags_that_exist(name):
     assert set(settings) - {"smoke"} <= flags and set(settings["smoke"]) <= flags
     assert all(method(numbers) is not None for method, numbers in shared.parse_methods(settings["methods"]).values())
     for view in (settings["view"], settings["smoke"].get("view", "none")):
-        calls = () if view == "none" else shared.spec.resolve(shared.spec.parse_chain(view), shared.VIEWS)
-        assert all(shared.VIEWS[call.name](**dict(call.kwargs)) for call in calls)
+        calls = () if view == "none" else spec.resolve(spec.parse_chain(view), VIEWS)
+        assert all(VIEWS[call.name](**dict(call.kwargs)) for call in calls)
 
 
 def test_a_flag_overrides_the_config(tmp_path):
@@ -130,7 +131,7 @@ def test_list_shows_every_method_with_its_coordinates(capsys):
     with pytest.raises(SystemExit):
         compare.main(["--list"])
     shown = capsys.readouterr().out
-    for factory in shared.taxonomy.registry().values():
+    for factory in taxonomy.registry().values():
         assert (getattr(factory, "alias", None) or factory.__name__) in shown
     assert "adversarial" in shown and "category" in shown
 

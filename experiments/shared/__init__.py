@@ -1,0 +1,34 @@
+"""What the scripts share. As `shared.name`: what several of them use."""
+
+from experiments.shared.building import (
+    Method,
+    branch_options,
+    channel_stats,
+    check_runs,
+    load_view,
+    make_numbers,
+    make_recipe,
+    parse_methods,
+    print_notes,
+    source,
+)  # fmt: skip
+from experiments.shared.flags import CONFIGS, Settings, first_flags, flags_of_recipe, read_config, value_of
+from experiments.shared.folders import finished_run, identity, prepare_out, slug
+from experiments.shared.process import options, start
+from experiments.shared.records import (
+    attacked,
+    attacked_before,
+    attacks_of,
+    command_line,
+    read_results,
+    record,
+    results_of,
+    versions,
+)  # fmt: skip
+
+__all__ = [
+    "CONFIGS", "Method", "Settings", "attacked", "attacked_before", "attacks_of", "branch_options", "channel_stats", "check_runs",
+    "command_line", "finished_run", "first_flags", "flags_of_recipe", "identity", "load_view", "make_numbers", "make_recipe", "options",
+    "parse_methods", "prepare_out", "print_notes", "read_config", "read_results", "record", "results_of", "slug", "source", "start",
+    "value_of", "versions",
+]  # fmt: skip

@@ -1,0 +1,214 @@
+"""From flags to what is trained: data, methods, model and recipe."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from experiments.shared.flags import Settings
+from perturbjax import spec, taxonomy
+from perturbjax.checks import check_number
+from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load
+from perturbjax.data.text import Tokenizer, read_vectors
+from perturbjax.models import bert_fields, create, load_bert, load_resnet, resnet_fields, with_vectors
+from perturbjax.parameter.swad import is_swad
+from perturbjax.training import Recipe, Schedule, init_state, sample_data, split_methods
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method as typed, ready to be built inside a trace: hashable by its structure only."""
+
+    structure: tuple
+    plugins: tuple[str, ...] = ()
+    head: str = "linear"
+    """The last layer that the links need."""
+    abstain: bool = False
+    """Whether they need one more output."""
+
+    def __call__(self, numbers: Any) -> tuple:
+        """The perturbations and optax links for these numbers."""
+        made = spec.build(self.structure, numbers, taxonomy.registry(self.plugins), taxonomy.helpers())
+        return tuple(one for one in made if one != ())
+
+
+def parse_methods(text: str, plugins: tuple[str, ...] = ()) -> dict[str, tuple[Method, tuple]]:
+    """Methods by their name as typed: (structure, numbers). Unknown names and settings are errors with the nearest valid one."""
+    registry, helpers, found = taxonomy.registry(plugins), taxonomy.helpers(), {}
+    for typed, chain in spec.parse_list(text):
+        if typed in found:
+            raise ValueError(f"--methods needs every method once, got {typed!r} twice. Remove one of them.")
+        structure, numbers = spec.split_numbers(chain, registry, helpers)
+        method = Method(structure, plugins)
+        needs = {need for link in split_methods(method(numbers))[0] for need in link.needs}
+        head = "cosine" if "cosine" in needs else "linear"
+        found[typed] = (dataclasses.replace(method, head=head, abstain="outputs" in needs), numbers)
+    return found
+
+
+def load_view(settings: Settings, seed: int) -> Dataset:
+    """The data with the settings' view drawn with this seed, checked."""
+    views = ()
+    if settings.view.strip() not in ("", "none"):
+        chain = spec.resolve(spec.parse_chain(settings.view), VIEWS)
+        views = tuple(VIEWS[call.name](**dict(call.kwargs)) for call in chain)
+    form = {"text_length": settings.text_length, "vocabulary": settings.vocabulary, "vocabulary_size": settings.vocabulary_size}
+    found = source(settings.data, settings.image_size, **form)
+    return check_duplicates(check(apply_views(found, views, seed)))
+
+
+@functools.cache
+def source(name: str, image_size: int | None = None, **form: Any) -> Dataset:
+    """The data set without views, read once."""
+    return load(name, image_size=image_size, **form)
+
+
+def print_notes(dataset: Dataset, console: Console) -> None:
+    """What the data's reader wants people to know."""
+    for note in dataset.notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False)
+
+
+@functools.cache
+def channel_stats(settings: Settings) -> tuple | None:
+    """Channel means and deviations of the view drawn with seed 0: one normalisation, hence one compiled step, for all seeds."""
+    dataset = load_view(settings, 0)
+    return dataset.channel_stats() if dataset.tokenizer is None else None
+
+
+def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tuple | None = None) -> Recipe:
+    """The static part of a run. stats: means and deviations of the channels; None: the data set's own."""
+    own, initial = pretrained(settings, dataset)
+    own |= branch_options(settings)
+    if dataset.tokenizer is None:
+        mean, std = stats or dataset.channel_stats()
+        own = {"mean": mean, "std": tuple(s if s > 0 else 1.0 for s in std)} | own  # a constant channel stays constant
+    else:
+        own |= {"vocabulary_size": len(dataset.tokenizer.words)}
+    model = create(
+        settings.model, num_classes=dataset.num_classes, width=settings.width,
+        head=settings.head or getattr(method, "head", "linear"), dropout=settings.dropout,
+        dtype=jnp.bfloat16 if settings.bfloat16 else jnp.float32, remat=settings.remat,
+        abstain=settings.abstain or getattr(method, "abstain", False), **own,
+    )  # fmt: skip
+    return Recipe(
+        model=model, build=method, num_classes=dataset.num_classes, num_examples=len(dataset.train_labels),
+        batch_size=settings.batch_size, epochs=settings.epochs,
+        schedule=Schedule(settings.schedule, settings.warmup_epochs, settings.milestones, settings.decay),
+        momentum=settings.momentum > 0, nesterov=settings.nesterov, augmentation=augmentation(settings, dataset, own.get("mean")),
+        accumulate=settings.accumulate, optimizer=settings.optimizer, initial=initial,
+        num_domains=None if dataset.train_domains is None else len(dataset.domain_names),
+    )  # fmt: skip
+
+
+def branch_options(settings: Settings) -> dict[str, float]:
+    """The model's fields for what happens on its residual branches."""
+    given = {name: value for name in ("stochastic_depth", "shakedrop") if (value := getattr(settings, name))}
+    for name in given:
+        if not settings.model.startswith(("resnet", "se_resnet", "wrn")) or settings.model in ("resnet50", "resnet101"):
+            raise ValueError(
+                f"--{name.replace('_', '-')} needs --model resnet8 to resnet110, se_resnet… or wrn…, got {settings.model}. "
+                "Write --model resnet20, or leave it out."
+            )
+    return given
+
+
+PRETRAINED = {"vectors": ("bilstm",), "weights": ("bert-base", "resnet50", "resnet101")}
+
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # what public weights of images were trained with
+
+
+def pretrained(settings: Settings, dataset: Dataset) -> tuple[dict[str, Any], Callable | None]:
+    """(the model's fields that public weights or word vectors fix, initial variables -> those with these in place)."""
+    for flag, models in PRETRAINED.items():
+        if getattr(settings, flag) is not None and (
+            settings.model not in models or (dataset.tokenizer is None) != settings.model.startswith("resnet")
+        ):
+            needed = " or of images resnet50, resnet101" if flag == "weights" else ""
+            raise ValueError(
+                f"--{flag} needs texts and --model {models[0]}{needed}, got {dataset.kind} and {settings.model}. Leave it out."
+            )
+    if settings.weights is not None and dataset.tokenizer is None:
+        if dataset.image_shape[-1] != 3:
+            raise ValueError(f"--weights needs colour images, got {dataset.image_shape[-1]} channels. Leave it out.")
+        return IMAGENET | {"blocks": resnet_fields(settings.weights)["blocks"]}, functools.partial(
+            load_resnet, settings.weights
+        )
+    if settings.vectors is not None:
+        vectors, found = word_vectors(settings.vectors, dataset.tokenizer)
+        return {"embedding": vectors.shape[1]}, of_params(functools.partial(with_vectors, vectors=vectors, found=found))
+    if settings.weights is not None:
+        fields = bert_fields(settings.weights)
+        words, given = fields.pop("vocabulary_size"), len(dataset.tokenizer.words)
+        if settings.vocabulary is None or words != given:
+            got = "none" if settings.vocabulary is None else f"{given} in {settings.vocabulary}"
+            raise ValueError(f"--weights needs --vocabulary, their own vocab.txt of {words} pieces, got {got}.")
+        return fields, of_params(functools.partial(load_bert, settings.weights))
+    return {}, None
+
+
+def of_params(change: Callable) -> Callable:
+    """The function of variables that changes their parameters."""
+    return lambda variables: {**variables, "params": change(variables["params"])}
+
+
+@functools.lru_cache(maxsize=1)
+def word_vectors(file: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of the vocabulary, read once."""
+    return read_vectors(file, tokenizer.words)
+
+
+def augmentation(settings: Settings, dataset: Dataset, mean: tuple[float, ...] | None) -> Augmentation:
+    """What the flags ask for; crops and flips are for colour images if nothing is said. Cutout leaves the channels' means."""
+    if dataset.tokenizer is not None:
+        if settings.augment or settings.pad or settings.flip or settings.cutout or settings.randaugment:
+            raise ValueError("--augment, --pad, --flip, --cutout and --randaugment need images, got texts. Leave them out.")
+        return Augmentation()
+    usual = dataset.image_shape[-1] == 3 if settings.augment is None else settings.augment
+    pad = max(1, dataset.image_shape[0] // 8) if usual else 0
+    cutout = (
+        settings.cutout if settings.recipe is None else min(settings.cutout, dataset.image_shape[0] // 2)
+    )  # a recipe's is for 32
+    return Augmentation(
+        pad=pad if settings.pad is None else settings.pad, flip=usual if settings.flip is None else settings.flip,
+        cutout=cutout, randaugment=settings.randaugment, magnitude=settings.magnitude, grey=mean,
+    )  # fmt: skip
+
+
+def make_numbers(settings: Settings, numbers: tuple) -> dict:
+    """The numeric arguments of the step."""
+    return {
+        "method": numbers,
+        "learning_rate": settings.learning_rate,
+        "momentum": settings.momentum,
+        "weight_decay": settings.weight_decay,
+    }
+
+
+def check_runs(settings: Settings, dataset: Dataset, methods: Mapping[str, tuple[Method, tuple]]) -> None:
+    """Builds every method once on the host, so that a wrong setting ends the program before anything is trained."""
+    check_number("--learning-rate", low=0, open_low=True, high=1e30, learning_rate=settings.learning_rate)
+    check_number("--momentum", low=0, high=1, momentum=settings.momentum)
+    check_number("--weight-decay", low=0, high=1e30, weight_decay=settings.weight_decay)
+    check_number("--dropout", low=0, high=0.999, dropout=settings.dropout)
+    check_number("--checkpoint-seconds", low=0, checkpoint_seconds=settings.checkpoint_seconds)
+    check_number("--log-every", low=0, log_every=settings.log_every)
+    check_number("--warmup-epochs", low=0, high=settings.epochs, warmup_epochs=settings.warmup_epochs)
+    for flag, value in (("--width", settings.width), ("--devices", settings.devices)):
+        check_number(flag, low=1, **{flag.strip("-"): value})
+    for typed, (method, numbers) in methods.items():
+        try:
+            recipe = make_recipe(settings, dataset, method)
+            state = init_state(recipe, make_numbers(settings, numbers), sample_data(dataset), 0)
+            if any(is_swad(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_swad)):
+                raise ValueError(
+                    "swad needs validation losses and a window, got a script without them. Write experiments/domains.py."
+                )
+        except ValueError as error:
+            raise ValueError(f"{typed}: {error}") from error

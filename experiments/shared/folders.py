@@ -1,0 +1,89 @@
+"""The folders of runs: what a run is, where it lies, and what a finished one left."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import pathlib
+import re
+import sys
+from typing import Any
+
+import numpy as np
+
+from experiments.shared.flags import Settings
+from perturbjax.data import Dataset
+from perturbjax.training import History, OtherSettings, RunFolder
+
+RUNTIME = (
+    "out", "plugin", "devices", "parallel", "stream", "steps_per_call", "checkpoint_seconds", "log_every", "tensorboard", "coordinator",
+    "num_processes", "process_id", "cost_rounds", "vmapped", "attack",
+)  # fmt: skip
+"""Flags that say where and how fast, not what: a run may go on with others."""
+
+
+CHOICE = ("methods", "seeds", "over", "cross", "reference")
+"""Flags that choose among runs: each run has its own folder, and its method and seed among its settings."""
+
+
+def identity(settings: Settings, dataset: Dataset, **more: Any) -> dict[str, Any]:
+    """The settings and data that make a run what it is, for its folder; `more` is what the run adds to them."""
+    kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in (*RUNTIME, *CHOICE)}
+    # The data by name, since its path may change; its labels and the choice of samples by their hash.
+    found = {"data": dataset.name, "train_size": len(dataset.train_labels), "subset_hash": dataset.subset_hash}
+    found |= {"images_hash": images_hash(dataset.train_images), "plugin_hash": [file_hash(path) for path in settings.plugin]}
+    return kept | found | more
+
+
+def images_hash(images: np.ndarray, at_most: int = 4096) -> str:
+    """12 hex digits of the images, or of that many of them at equal distances."""
+    step = -(-len(images) // at_most)
+    return hashlib.sha256(np.ascontiguousarray(images[::step]).tobytes()).hexdigest()[:12]
+
+
+def file_hash(path: str) -> str:
+    """12 hex digits of a file."""
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:12]
+
+
+def slug(text: str) -> str:
+    """Text as a part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-") or "none"
+
+
+def prepare_out(out: str | None, script: str, view: str, identity: dict) -> RunFolder:
+    """The output folder, made, locked and claimed for these settings before any training.
+
+    Without --out: runs/SCRIPT-DATA-VIEW, or that name with -2, -3 …, the first one that is new or was begun with these settings.
+    """
+    if out is not None:
+        return claimed(pathlib.Path(out), identity)
+    name = f"{script}-{slug(identity['data'])}-{slug(view)}"
+    for number in itertools.count(1):
+        with contextlib.suppress(OtherSettings):
+            return claimed(pathlib.Path("runs") / (name if number == 1 else f"{name}-{number}"), identity)
+    raise AssertionError  # the count has no end
+
+
+def finished_run(folder: RunFolder) -> History | None:
+    """What a finished run left; None if it isn't finished. A damaged file is put aside: the last checkpoint has the run."""
+    if not folder.finished.exists():
+        return None
+    try:
+        return History.load(folder.finished)
+    except ValueError:
+        aside = folder.finished.with_name("damaged-" + folder.finished.name)
+        print(f"{folder.finished} is damaged: put aside as {aside.name}.", file=sys.stderr)
+        folder.finished.rename(aside)
+        return None
+
+
+def claimed(path: pathlib.Path, identity: dict) -> RunFolder:
+    """The folder, begun with these settings; unlocked again if it was begun with others."""
+    folder = RunFolder(path)
+    try:
+        folder.claim(identity)
+    except ValueError:  # whatever is wrong with it
+        folder.close()
+        raise
+    return folder

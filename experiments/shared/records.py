@@ -1,0 +1,168 @@
+"""What scripts report: one method's runs as a record, attacks on the finished nets, results.json."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from experiments.shared.folders import images_hash
+from perturbjax.analysis import evaluate, load_results, mean_by_class, relative_loss_variation, summary
+from perturbjax.analysis.attack import PGD, Split, Universal, parse_attacks
+from perturbjax.data import Dataset
+from perturbjax.loss.teacher import load_teacher
+from perturbjax.training import History
+from perturbjax.training.checkpoint import dump_json
+
+
+def record(histories: Sequence[History], datasets: Sequence[Dataset]) -> dict:
+    """The results of one method over its seeds, in results.json's form; cost_ratio and difference are left open."""
+    runs = [evaluate(h.logits, d.test_labels, d.class_counts) for h, d in zip(histories, datasets, strict=True)]
+    over = lambda key: None if runs[0][key] is None else summary([run[key] for run in runs])
+    variations = [
+        relative_loss_variation(*h.losses, d.num_classes)
+        for h, d in zip(histories, datasets, strict=True)
+        if h.losses is not None
+    ]
+    return {
+        "accuracy": over("accuracy"),
+        "best_epoch_accuracy": summary([max(h.accuracy) for h in histories]),
+        "top5": over("top5"),
+        "ece": over("ece"),
+        "head": over("head"),
+        "medium": over("medium"),
+        "tail": over("tail"),
+        "memorised": None if histories[0].memorised is None else summary([h.memorised for h in histories]),
+        "per_class": mean_by_class([run["per_class"] for run in runs]),
+        "cost_ratio": None,
+        "gradient_evaluations": float(np.mean([h.gradient_evaluations for h in histories])),
+        "inner_evaluations": float(np.mean([h.inner_evaluations for h in histories])),
+        "seconds": float(np.sum([h.seconds for h in histories])),
+        "examples_per_second": float(np.mean([h.examples_per_second for h in histories])),
+        "peak_memory_bytes": max(h.peak_memory for h in histories),
+        "learning_curve": {
+            "epoch": list(range(1, len(histories[0].accuracy) + 1)),
+            "accuracy": [h.accuracy for h in histories],
+        },
+        "relative_loss_variation": mean_by_class(variations) if variations else None,
+        "difference": None,
+        "metrics": histories[-1].metrics,
+    }
+
+
+def attacks_of(settings: Any, dataset: Dataset) -> dict[str, PGD | Universal]:
+    """The attacks that --attack names, checked before anything is trained."""
+    found = parse_attacks(settings.attack)
+    if found and dataset.tokenizer is not None:
+        raise ValueError("--attack needs images, got texts. Leave it out.")
+    if found and jax.process_count() > 1:
+        raise ValueError(
+            "--attack needs one process, got several. Give the same command without --coordinator once the training is finished."
+        )
+    return found
+
+
+def attacked_before(results: dict, attacks: Mapping[str, Any]) -> bool:
+    """Whether the results hold all these attacks on every method."""
+    return all(set(attacks) <= set(entry.get("attacks") or {}) for entry in results["methods"].values())
+
+
+def attacked(
+    attacks: Mapping[str, PGD | Universal], runs: Sequence[tuple[pathlib.Path, Dataset, int]], console: Console
+) -> dict[str, dict]:
+    """{attack as typed: mean, std, values} of one method's finished runs, (folder, data, seed).
+
+    Each number is kept in its run's attack.json, by the attack's settings and the data, and not computed again.
+    """
+    found: dict[str, list[float]] = {typed: [] for typed in attacks}
+    for folder, dataset, seed in runs:
+        file = folder / "attack.json"
+        kept, net = read_json(file), None
+        for typed, attack in attacks.items():
+            key = f"{attack!r} seed={seed} data={attacked_data(dataset)}"
+            if key not in kept:
+                with console.status(f"attacking {folder.parent.name}/{folder.name}: {typed}"):
+                    net = net or load_teacher(folder)
+                    split = Split(
+                        dataset.train_images,
+                        dataset.train_labels,
+                        dataset.test_images,
+                        dataset.test_labels,
+                        dataset.num_classes,
+                    )
+                    kept[key] = attack.accuracy(net, split, seed)
+                dump_json(file, kept)
+            found[typed].append(kept[key])
+    return {typed: summary(values) for typed, values in found.items()}
+
+
+def attacked_data(dataset: Dataset) -> str:
+    """Training and test set, as hashes."""
+    labels = hashlib.sha256(dataset.train_labels.tobytes() + dataset.test_labels.tobytes()).hexdigest()[:12]
+    return "-".join((images_hash(dataset.train_images), images_hash(dataset.test_images), labels))
+
+
+def read_json(file: pathlib.Path) -> dict:
+    """What the file holds; {} if it is missing or damaged, since it can be made again."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def results_of(settings: Any, datasets: Sequence[Dataset], seeds: Sequence[int], methods: dict) -> dict:
+    """The whole of results.json."""
+    first = datasets[0]
+    return {
+        "command": command_line(),
+        "versions": versions(),
+        "data": {
+            "name": first.name,
+            "train_size": len(first.train_labels),
+            "test_size": len(first.test_labels),
+            "class_counts": [int(n) for n in first.class_counts],
+            "class_names": list(first.class_names),
+            "subset_hash": [d.subset_hash for d in datasets],
+            "views": list(first.views),
+            "notes": list(first.notes),
+            "image_shape": list(first.image_shape),
+        },
+        "settings": dataclasses.asdict(settings) | {"seeds": list(seeds)},
+        "methods": methods,
+    }
+
+
+def command_line() -> str:
+    """The command that made a result, without this machine's paths."""
+    script = pathlib.Path(sys.argv[0])
+    shown = f"experiments/{script.name}" if script.suffix == ".py" else script.name
+    return f"python {shown} {shlex.join(sys.argv[1:])}".strip()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    names = ("perturbjax", "jax", "jaxlib", "flax", "optax", "numpy")
+    found = {"python": platform.python_version(), "backend": jax.default_backend()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout on the path
+            found[name] = "not installed"
+    return found
+
+
+def read_results(file: pathlib.Path) -> dict | None:
+    """results.json; None if it is missing or damaged, since it can be made again from the runs."""
+    try:
+        return load_results(file)
+    except (OSError, ValueError):
+        return None
