@@ -75,7 +75,7 @@ class DomainsSettings(shared.Settings):
     view: str = "none"
     """What is made of the data first: none, shrink(size), thin(per_class), drop_duplicates; + chains."""
     model: str = "cnn"
-    """mlp, cnn, resnet8/20/32/44/56/110, wrn16-8, wrn28-10."""
+    """mlp, cnn, resnet8/20/32/44/56/110, se_resnet20/110, wrn16-8, wrn28-10, shake26, resnet50/101 (for large images)."""
     batch_size: int = 32
     """Samples of each training domain in a step."""
     epochs: int = 0

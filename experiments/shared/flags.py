@@ -1,6 +1,7 @@
 """The flags that every script has, and how a command line becomes settings."""
 
 import dataclasses
+import inspect
 import pathlib
 import runpy
 from collections.abc import Callable, Mapping, Sequence
@@ -143,10 +144,8 @@ def first_flags(argv: Sequence[str], settings: type, epilogue: str) -> Any:
     if smoke:
         argv.remove("--smoke")
     if names := value_of(argv, "--config", remove=True):
-        chosen = read_config(names[-1])
-        chosen |= chosen.pop("smoke", {}) if smoke else {}
+        chosen = config_flags(names[-1], pathlib.Path(inspect.getfile(settings)).name, smoke=smoke)
         fields = {field.name for field in dataclasses.fields(settings)}
-        chosen.pop("smoke", None), chosen.pop("paper", None)
         unknown = sorted(set(chosen) - fields)
         if unknown:
             raise ValueError(
@@ -213,6 +212,15 @@ def read_config(name: str) -> dict[str, Any]:
     if name not in known:
         raise ValueError(f"--config needs a file of experiments/configs, got {name!r}. {nearest(name, known)}")
     return dict(runpy.run_path(str(CONFIGS / f"{name}.py"))["config"]())
+
+
+def config_flags(name: str, script: str, *, smoke: bool = False) -> dict[str, Any]:
+    """A config's flags for this script; smoke: those of its small version on top. Raises ValueError if it is another script's."""
+    chosen = read_config(name)
+    small, _ = chosen.pop("smoke", {}), chosen.pop("paper", None)
+    if (own := chosen.pop("script", None)) not in (None, script):
+        raise ValueError(f"--config {name} needs {own}, got {script}. Write: python experiments/{own} --config {name}")
+    return chosen | (small if smoke else {})
 
 
 def print_methods(registry: Mapping[str, Callable]) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import compare, domains, shared
+from perturbjax import spec
 from perturbjax.data.domains import pooled, split_domains
 from perturbjax.training.step import compiled_step
 
@@ -183,3 +184,11 @@ def test_a_class_that_a_domain_lacks_is_told(tmp_path, capsys):
 def test_the_other_scripts_refuse_swad(data):
     with pytest.raises(ValueError, match="swad: swad needs validation losses and a window, got a script without them"):
         compare.main(["--data", data, "--view", "none", "--epochs", "1", "--methods", "ce, swad"])
+
+
+@pytest.mark.slow
+def test_the_small_config_runs(data, tmp_path):
+    settings = shared.read_config("small_domains")
+    small = ["--view", "none", "--model", "mlp", "--width", "4", "--batch-size", "6", "--augment", "False"]
+    domains.main(["--config", "small_domains", "--smoke", "--data", data, *small, "--out", str(tmp_path)])
+    assert list(found(tmp_path)["methods"]) == [typed for typed, _ in spec.parse_list(settings["methods"])]

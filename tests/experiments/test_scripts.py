@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import bench, compare, shared, train
+from experiments import bench, compare, domains, shared, train
 from perturbjax import spec, taxonomy
 from perturbjax.data import VIEWS, load
 
@@ -69,9 +69,10 @@ def test_train_gives_the_numbers_that_compare_gives_for_this_seed(compared, tmp_
 
 
 CONFIGS = sorted(path.stem for path in shared.CONFIGS.glob("*.py"))
+COMPARED = [name for name in CONFIGS if shared.read_config(name).get("script", "compare.py") == "compare.py"]
 
 
-@pytest.mark.parametrize("name", [c if c == "small_longtail" else pytest.param(c, marks=pytest.mark.slow) for c in CONFIGS])
+@pytest.mark.parametrize("name", [c if c == "small_longtail" else pytest.param(c, marks=pytest.mark.slow) for c in COMPARED])
 def test_every_config_runs_in_its_small_version(name, tmp_path):
     settings = shared.read_config(name)
     compare.main(["--config", name, "--smoke", "--out", str(tmp_path)])
@@ -81,12 +82,20 @@ def test_every_config_runs_in_its_small_version(name, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_names_methods_views_and_flags_that_exist(name):
     settings = shared.read_config(name)
-    flags = {field.name for field in dataclasses.fields(compare.CompareSettings)}
+    script = {None: compare.CompareSettings, "domains.py": domains.DomainsSettings}[settings.pop("script", None)]
+    flags = {field.name for field in dataclasses.fields(script)}
     assert set(settings) - {"smoke"} <= flags and set(settings["smoke"]) <= flags
     assert all(method(numbers) is not None for method, numbers in shared.parse_methods(settings["methods"]).values())
     for view in (settings["view"], settings["smoke"].get("view", "none")):
         calls = () if view == "none" else spec.resolve(spec.parse_chain(view), VIEWS)
         assert all(VIEWS[call.name](**dict(call.kwargs)) for call in calls)
+
+
+def test_a_config_of_another_script_is_an_error_with_the_command():
+    with pytest.raises(
+        ValueError, match=r"needs domains.py, got compare.py. Write: python experiments/domains.py --config small_domains"
+    ):
+        compare.main(["--config", "small_domains"])
 
 
 def test_a_flag_overrides_the_config(tmp_path):
