@@ -5,9 +5,9 @@
     python experiments/audit.py --data photos/ --model resnet20 --seeds 3 --out DIR   # and how much do seeds disagree?
 
 Writes to --out: audit.csv (every training sample, the most suspicious first: given and suggested label, score, the signals behind it),
-sheet.html (the most suspicious ones as pictures or texts), cleaned.npz (without the flagged ones, or relabelled; --data reads it), and
-audit.json (noise rate, confusion, threshold; where the true labels are known, how well each score finds the wrong ones, beside
-cleanlab's from out-of-fold predictions of the same net).
+sheet.html (the most suspicious ones as pictures or texts), cleaned.npz (without the flagged ones, or relabelled; test and validation
+set as they are; --data reads it), and audit.json (noise rate, confusion, threshold; where the true labels are known, how well each
+score finds the wrong ones, beside cleanlab's from out-of-fold predictions of the same net).
 
 The signals are means over training (perturbjax.analysis.dynamics): so train shortly. A net that is trained long enough fits wrong labels
 too, and its mean prediction with them. Interrupted, the same command goes on.
@@ -298,21 +298,38 @@ def write_csv(path: pathlib.Path, dataset: Dataset, order, score, flagged, sugge
 
 
 def write_cleaned(path: pathlib.Path, dataset: Dataset, flagged, suggestion, *, relabel: bool) -> None:
-    """The training set without the flagged samples, or with the suggested labels; everything else as it is."""
-    kept = np.ones(len(flagged), bool) if relabel else ~flagged
-    empty = np.bincount(dataset.train_labels[kept], minlength=dataset.num_classes) == 0
-    for c in np.flatnonzero(empty):  # a class that would vanish keeps its samples: a person has to look
-        kept |= dataset.train_labels == c
-    labels = np.where(flagged, suggestion, dataset.train_labels) if relabel else dataset.train_labels
-    if dataset.tokenizer is None:
-        samples = {"train_images": dataset.train_images[kept], "test_images": dataset.test_images}
-    else:
-        samples = dict(zip(("train_text", "train_text_offsets"), pack(dataset.train_texts[kept])))
-        samples |= dict(zip(("test_text", "test_text_offsets"), pack(dataset.test_texts)))
-    np.savez_compressed(
-        path, **samples, train_labels=labels[kept], train_index=dataset.train_index[kept],
-        test_labels=dataset.test_labels, class_names=np.array(dataset.class_names, dtype=str),
-    )  # fmt: skip
+    """The training set without the flagged samples, or with the suggested labels; test and validation set, domains and names as they are."""
+    kept, labels = cleaned(dataset.train_labels, flagged, suggestion, dataset.num_classes, relabel=relabel)
+    arrays = {"train_labels": labels[kept], "train_index": dataset.train_index[kept], "test_labels": dataset.test_labels}
+    parts = {"train": kept, "test": slice(None)}
+    if dataset.validation_labels is not None:
+        parts["validation"] = slice(None)
+        arrays["validation_labels"] = dataset.validation_labels
+    for part, rows in parts.items():
+        if dataset.tokenizer is None:
+            arrays[f"{part}_images"] = getattr(dataset, f"{part}_images")[rows]
+        else:
+            arrays |= zip((f"{part}_text", f"{part}_text_offsets"), pack(getattr(dataset, f"{part}_texts")[rows]))
+        domains = getattr(dataset, f"{part}_domains", None)
+        if domains is not None:
+            arrays[f"{part}_domains"] = domains[rows]
+    names = {"class_names": dataset.class_names} | ({"domain_names": dataset.domain_names} if dataset.domain_names else {})
+    np.savez_compressed(path, **arrays, **{key: np.array(of, dtype=str) for key, of in names.items()})
+
+
+def cleaned(given, flagged, suggestion, num_classes: int, *, relabel: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(which samples stay [N] bool, their labels [N]): without the flagged ones, or with the suggested labels.
+
+    A class that would vanish keeps its samples as they are, flagged or not: a person has to look.
+    """
+    changed = flagged.copy()
+    while True:  # what stays in one class may have been the last of another
+        labels = np.where(changed, suggestion, given) if relabel else given
+        kept = np.ones(len(given), bool) if relabel else ~changed
+        gone = changed & (np.bincount(labels[kept], minlength=num_classes) == 0)[given]
+        if not gone.any():
+            return kept, labels
+        changed &= ~gone
 
 
 def sheet(dataset: Dataset, order, score, flagged, suggestion) -> str:

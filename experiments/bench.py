@@ -22,8 +22,10 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from experiments import shared
+from perturbjax.core import Perturbation
 from perturbjax.data import Dataset
 from perturbjax.line import line
 from perturbjax.training import Checkpoints, Devices, Recipe, cost_ratios, device_data, init_state, split_methods
@@ -112,9 +114,15 @@ def stepper(recipe: Recipe, numbers: dict, dataset: Dataset):
     work = 1.0
     for link in split_methods(recipe.build(numbers["method"]))[0]:
         if link.search:
-            inner = float(metrics[f"{link.name}/inner_evaluations"][0])
-            work += 2 * inner / 3 * share_after(recipe, held[0], data.images[: recipe.batch_size], link.site)
+            share = share_after(recipe, held[0], data.images[: recipe.batch_size], link.site)
+            work += 2 * inner_evaluations(recipe, metrics, link) / 3 * share
     return run, lambda: work * (1 + extra_gradients(held[0].opt_state) / int(held[0].step))
+
+
+def inner_evaluations(recipe: Recipe, metrics: dict, link: Perturbation) -> float:
+    """Of this link: its own count, where several links of one method have theirs."""
+    name = f"{link.name}/inner_evaluations"
+    return float(metrics.get(f"{name}@{line(recipe.model).site(link.site)}", metrics[name])[0])
 
 
 def share_after(recipe: Recipe, state, images: jax.Array, site: str) -> float:
@@ -211,7 +219,7 @@ def show(report: dict) -> None:
     for column in shown.columns[1:]:
         column.justify = "right"
     for typed, entry in report["ratios"].items():
-        shown.add_row(typed, *(f"{entry[key]:.3f}" for key in ("ratio", "ideal", "quotient")))
+        shown.add_row(Text(typed), *(f"{entry[key]:.3f}" for key in ("ratio", "ideal", "quotient")))
     console = Console()
     console.print(shown)
     console.print(f"trainer: a hand-written loop's step takes {report['trainer']:.3f} of ours", highlight=False)

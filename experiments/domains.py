@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from experiments import shared
 from experiments.compare import digest
@@ -38,6 +39,8 @@ from perturbjax.analysis import summary
 from perturbjax.checks import check_choice, check_number
 from perturbjax.data import Dataset
 from perturbjax.data.domains import DomainSplit, domain_batches, missing_classes, pooled, split_domains
+from perturbjax.frozen import covered, join_params, split_params
+from perturbjax.models.blocks import MOMENTUM
 from perturbjax.parameter.swad import SWADAverage, is_swad, swad_interval
 from perturbjax.training import DeviceData, Devices, Recipe, RunFolder, TrainState, init_state, predict
 from perturbjax.training.checkpoint import dump_json
@@ -213,6 +216,11 @@ def recipe_of(settings: DomainsSettings, dataset: Dataset, method: shared.Method
     channels = dataset.image_shape[-1]
     stats = IMAGENET if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
     base = shared.make_recipe(settings, dataset, method, stats)
+    if base.fine_tuning is not None:
+        raise ValueError(
+            "balanced_fine_tuning needs class-balanced batches for form='samples', got domains.py, which draws from every domain alike. "
+            "Write form=weights."
+        )
     domains = len(dataset.domain_names) - 1
     average = 0.8 * len(dataset.train_labels) * domains / (domains + 1)
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
@@ -331,24 +339,29 @@ def train(
     arrays, step = devices.replicate(as_arrays(numbers)), compiled_step(recipe, devices)
     averaging, window = any(is_swad(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_swad)), SWADAverage()
     curve: dict[str, list] = {"step": [], "loss": [], "validation_accuracy": [], "validation_loss": []}
+    of_methods: dict[str, list[float]] = {}
     best: Chosen | None = None
-    losses, took = list[float](), list[tuple[int, float]]()
+    since, took = dict[str, list](), list[tuple[int, float]]()  # since: the steps' metrics since the last evaluation
     for rows, ends in calls(settings, split, job.seed):
         index = devices.split(rows.shape, 1, functools.partial(_columns, rows))
         began = time.perf_counter()
         state, metrics, _ = step(state, arrays, data, index)
-        losses.extend(np.asarray(metrics["loss"]).tolist())  # waits for the step
+        for name, values in jax.device_get(metrics).items():  # waits for the step
+            since.setdefault(name, []).extend(values.tolist())
         took.append((len(rows), time.perf_counter() - began))
         if ends is None:
             continue
-        loss, losses = float(np.mean(losses)), []
+        means, since = {name: float(np.mean(values)) for name, values in since.items()}, {}
+        loss = means.pop("loss")
         if not math.isfinite(loss):
             raise FloatingPointError(f"training needs finite losses, got {loss} before step {ends}. Lower --learning-rate.")
         found = evaluate(recipe, state, dataset, split)
         for name, value in zip(curve, (ends, loss, *found), strict=True):
             curve[name].append(value)
+        for name, value in means.items():
+            of_methods.setdefault(name, []).append(value)
         if averaging:
-            mean, steps, opt_state = swad_interval(state.opt_state, state.params)
+            mean, steps, opt_state = swad_interval(state.opt_state, split_params(state.params, recipe.frozen)[0])
             state = state._replace(opt_state=opt_state)
             if window.add(found.loss, mean, steps):
                 break
@@ -362,7 +375,8 @@ def train(
         "method": job.typed, "domain": dataset.domain_names[job.domain], "seed": job.seed,
         "accuracy": test(chosen.params, chosen.stats), "last_accuracy": test(state.params, state.stats),
         "seconds": sum(seconds for _, seconds in took),
-        "seconds_per_step": sum(seconds for _, seconds in warm) / sum(steps for steps, _ in warm), "curve": curve,
+        "seconds_per_step": sum(seconds for _, seconds in warm) / sum(steps for steps, _ in warm),
+        "curve": curve | {"metrics": of_methods},  # means over the steps since the evaluation before
         "sizes": {"train": sum(map(len, split.train)), "validation": sum(map(len, split.validation)), "test": len(split.test)},
     }  # fmt: skip
     return record | {key: value for key, value in chosen._asdict().items() if key not in ("params", "stats")}
@@ -377,7 +391,8 @@ def averaged(settings, dataset, job: Job, recipe, data, state: TrainState, windo
     split = split_domains(dataset, job.domain, seed=job.seed)
     first, last = window.window
     begins = last if first is None else first  # never converged: the last interval alone
-    params = jax.tree.map(lambda a, w: jnp.asarray(a, w.dtype), window.average(), state.params)
+    trained, frozen = split_params(state.params, recipe.frozen)
+    params = join_params(jax.tree.map(lambda a, w: jnp.asarray(a, w.dtype), window.average(), trained), frozen)
     state = with_statistics(recipe, state._replace(params=params), data, split, settings, job.seed)
     span = [0 if begins == 0 else ends[begins - 1], ends[last]]
     return Chosen(params, state.stats, evaluate(recipe, state, dataset, split).accuracy, None, span, first is not None)
@@ -423,15 +438,18 @@ def evaluate(recipe: Recipe, state: TrainState, dataset: Dataset, split: DomainS
 
 
 def with_statistics(recipe, state: TrainState, data: DeviceData, split: DomainSplit, settings, seed: int) -> TrainState:
-    """The state with BatchNorm's running statistics computed anew for its weights, on training batches."""
-    if not state.stats:
+    """The state with BatchNorm's statistics computed anew for its weights: their mean over training batches. Frozen ones stay."""
+    if not state.stats or recipe.model.frozen_batchnorm:
         return state
-    update, stats = compiled_statistics(recipe), state.stats
-    for rows in itertools.islice(
-        domain_batches(split.train, settings.batch_size, seed=seed), min(STATS_BATCHES, settings.steps)
-    ):
-        stats = update(state._replace(stats=stats), data, jnp.asarray(rows))
-    return state._replace(stats=stats)
+    stays = lambda path: covered("/".join(key.key for key in path), recipe.frozen)
+    begin = jax.tree_util.tree_map_with_path(lambda path, old: old if stays(path) else jnp.zeros_like(old), state.stats)
+    update, count = compiled_statistics(recipe), min(STATS_BATCHES, settings.steps)
+    total = jax.tree.map(jnp.zeros_like, begin)
+    for rows in itertools.islice(domain_batches(split.train, settings.batch_size, seed=seed), count):
+        # From zero, one step of the running mean is this share of the batch's own statistics.
+        total = jax.tree.map(jnp.add, total, update(state._replace(stats=begin), data, jnp.asarray(rows)))
+    mean = lambda path, old, summed: old if stays(path) else (summed / (count * (1 - MOMENTUM))).astype(old.dtype)
+    return state._replace(stats=jax.tree_util.tree_map_with_path(mean, state.stats, total))
 
 
 @functools.cache
@@ -502,9 +520,9 @@ def print_results(results: dict, console: Console) -> None:
     head, rows = rows_of(results)
     table = Table(box=None, pad_edge=False)
     for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number == 0 else "right")
+        table.add_column(Text(name), justify="left" if number == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # brackets are settings, not markup
     console.print(table)
     console.print(results["selection"], highlight=False)
 

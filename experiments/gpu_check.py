@@ -534,7 +534,7 @@ def stepper(check: Check, recipe: Recipe, numbers: dict, dataset: Dataset) -> tu
             if link.search:
                 state = init_state(recipe, numbers, sample_data(dataset), 0)
                 share = bench.share_after(recipe, state, dataset.train_images[: recipe.batch_size], link.site)
-                work += 2 * float(metrics[f"{link.name}/inner_evaluations"][0]) / 3 * share
+                work += 2 * bench.inner_evaluations(recipe, metrics, link) / 3 * share
     return run, work * (1 + extra_gradients(held[0].opt_state))
 
 

@@ -9,6 +9,7 @@ from perturbjax.activation.ada import ada, squared_distance
 from perturbjax.activation.dropblock import dropblock, dropblock_gamma, dropblock_kept, dropblock_mask
 from perturbjax.activation.dropout import dropout, dropout_mask
 from perturbjax.activation.lpa import lpa, norm_expansion
+from perturbjax.activation.lpa_amplification import amplification, lipschitz_product, local_amplification
 from perturbjax.activation.lpa_rank import low_rank
 from perturbjax.activation.lpa_sites import layer_effect
 from perturbjax.activation.manifold_mixup import manifold_mixup, softmax_binary_cross_entropy
@@ -43,6 +44,7 @@ from perturbjax.feature.mixup import draw_mixing, mix, mixup
 from perturbjax.feature.random_erasing import erasing_box, random_erasing
 from perturbjax.feature.regpert import regpert, regularised_delta
 from perturbjax.feature.robust_clustering import outlier_vectors, robust_clustering, robust_kmeans
+from perturbjax.feature.robust_regression import robust_regression, sparse_shift
 from perturbjax.feature.uat import uat
 from perturbjax.gradient.clipping import gradient_clipping
 from perturbjax.gradient.dp_sgd import dp_sgd

@@ -5,8 +5,10 @@
     varied_by_frequency   ε_c = ε + Δε · s_c/s_1 (head), ε + Δε · s_C/s_c (tail)      LPL eq. 18 second case, s = π or q̄
     layer_scaled          ε_c^(l) = β^(L−l) · ε_c           LPA eq. 15
     any optax schedule    ε(step)
+    cosine, linear        ε(progress), from one number to another over the run      (a curriculum)
 
-A method's setting `bound` takes a number, an array [C], one of these, or a schedule of the step.
+A method's setting `bound` takes a number, an array [C] or one of these. A negative bound would turn the direction round: it is an error
+where it can be seen, and becomes nan where it can't (schedules, traced numbers), for the trainer to see.
 """
 
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
 from perturbjax.core import Context
+from perturbjax.parameter.timing import Course, Place, check_setting, not_negative
 from perturbjax.split import SCALES, Split
 
 
@@ -45,7 +48,7 @@ class LayerScaled(NamedTuple):
     beta: ArrayLike
 
 
-Bound = ArrayLike | Varied | VariedByFrequency | LayerScaled | Callable[[ArrayLike], ArrayLike]
+Bound = ArrayLike | Varied | VariedByFrequency | LayerScaled | Course | Callable[[ArrayLike], ArrayLike]
 
 
 def varied(
@@ -86,16 +89,23 @@ def layer_scaled(bound: Bound | None = None, *, beta: ArrayLike = 0.7) -> LayerS
 def radius(
     bound: Bound | None, *, default: float, split: Split, state: Any, context: Context, site: str | None = None
 ) -> jax.Array:
-    """ε_c of every class, [C]: `bound` with the split's statistics in `state`, at the context's step."""
+    """ε_c of every class, [C]: `bound` with the split's statistics in `state`, at the context's place in training; nan, not negative."""
+    return not_negative(_radius(bound, default=default, split=split, state=state, context=context, site=site))
+
+
+def _radius(bound: Bound | None, *, default: float, split: Split, state: Any, context: Context, site: str | None) -> jax.Array:
     if isinstance(bound, LayerScaled):
         if site is None or context.level is None:
             raise ValueError("layer_scaled needs a site, got none. Use it with a method that has one, such as lpa(site=...).")
-        inner = radius(bound.bound, default=default, split=split, state=state, context=context)
+        inner = _radius(bound.bound, default=default, split=split, state=state, context=context, site=None)
         return inner * jnp.asarray(bound.beta, jnp.float32) ** (context.level("logits") - context.level(site))
     if isinstance(bound, Varied | VariedByFrequency):
         eps, delta_eps = _amounts(bound, default)
         return eps + delta_eps * _share(bound, split, state, context)
-    value = default if bound is None else bound(context.step) if callable(bound) else bound
+    if isinstance(bound, Course):
+        value: Any = bound.at(Place(context.step, context.progress, value=None, rate=None))
+    else:
+        value = default if bound is None else bound(context.step) if callable(bound) else bound
     return jnp.broadcast_to(jnp.asarray(value, jnp.float32), [context.num_classes])
 
 
@@ -106,16 +116,21 @@ def largest(bound: Bound | None, *, default: float) -> float | None:
     if isinstance(bound, Varied | VariedByFrequency):
         eps, delta_eps = _amounts(bound, default)
         return None if is_traced((eps, delta_eps)) else float(np.max(eps)) + float(np.max(delta_eps))
+    if isinstance(bound, Course):
+        ends = bound.first, bound.last
+        return None if is_traced(ends) else max(map(float, ends))
     value = default if bound is None else bound
     return None if callable(value) or is_traced(value) else float(np.max(np.asarray(value)))
 
 
 def check_bound(function: str, bound: Bound | None) -> None:
-    """Raises ValueError for a bound that is negative, nan or no bound at all (schedules and traced numbers pass)."""
+    """Raises ValueError for a bound that is negative, nan or no bound at all: of schedules some steps, traced numbers pass."""
     if isinstance(bound, LayerScaled):
         check_bound(function, bound.bound)
-    elif not isinstance(bound, Varied | VariedByFrequency) and not callable(bound):
-        check_number(function, low=0, bound=bound)
+    elif isinstance(bound, Course) or callable(bound):
+        check_setting(function, rate=False, bound=bound)
+    elif not isinstance(bound, Varied | VariedByFrequency):
+        check_number(function, low=0, infinite=True, bound=bound)
 
 
 def needs(bound: Bound | None, split: Split) -> tuple[str, ...]:

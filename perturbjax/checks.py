@@ -17,10 +17,13 @@ def is_traced(value: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
 
-def check_number(function: str, *, low: float = -np.inf, high: float = np.inf, open_low: bool = False, **named: Any) -> None:
-    """Raises ValueError unless each named number (or every element of an array) lies in [low, high], and is no NaN.
+def check_number(
+    function: str, *, low: float = -np.inf, high: float = np.inf, open_low: bool = False, infinite: bool = False, **named: Any
+) -> None:
+    """Raises ValueError unless each named number (or every element of an array) is finite and lies in [low, high].
 
-    None and traced values pass. `open_low=True` excludes `low` itself.
+    None and traced values pass. `open_low=True` excludes `low` itself; `infinite=True` lets ±inf pass where it is within the limits,
+    for settings in which it means something ("no bound").
     """
     for name, value in named.items():
         if value is None or is_traced(value):
@@ -30,11 +33,14 @@ def check_number(function: str, *, low: float = -np.inf, high: float = np.inf, o
         except (TypeError, ValueError):
             raise ValueError(f"{function} needs a number for {name}, got {value!r}.") from None
         outside = np.isnan(array) | (array < low) | (array > high) | (open_low & (array == low))
+        if not outside.any() and not infinite and np.isinf(array).any():
+            raise ValueError(f"{function} needs a finite {name}, got {value}.")
         if outside.any():
             below = "<" if open_low else "<="
             rule = f"{name} {'>' if open_low else '>='} {low:g}" if high == np.inf else f"{low:g} {below} {name} <= {high:g}"
             if low == -np.inf:
-                rule = f"a finite {name}" if high == np.inf else f"{name} <= {high:g}"
+                number = "a number" if infinite else "a finite"
+                rule = f"{number} {name}" if high == np.inf else f"{name} <= {high:g}"
             raise ValueError(f"{function} needs {rule}, got {value}.")
 
 
@@ -53,15 +59,30 @@ def check_choice(function: str, name: str, value: Any, known: Iterable[str]) -> 
 
 
 def check_logits_labels(function: str, logits: Any, labels: Any) -> None:
-    """Raises ValueError unless logits are floating [B, C] and labels integer [B]; static facts, so it works in a trace."""
+    """Raises ValueError unless logits are [B, C] with C >= 2 and labels integer [B]; static facts, so it works in a trace."""
     shape, dtype = np.shape(logits), labels.dtype
     if len(shape) != 2 or np.shape(labels) != shape[:1]:
         raise ValueError(
             f"{function} needs logits [B, C] and labels [B], got {shape} and {np.shape(labels)}. "
             "For sequences, flatten the positions into the batch first: logits.reshape(-1, C)."
         )
+    check_classes(function, shape[1])
     if not np.issubdtype(dtype, np.integer):
         raise ValueError(f"{function} needs integer labels, got {dtype}. Cast them: labels.astype(jnp.int32).")
+
+
+def check_classes(function: str, num_classes: int) -> None:
+    """Raises ValueError for less than two classes."""
+    if num_classes < 2:
+        raise ValueError(f"{function} needs at least 2 classes, got {num_classes}. With one class there is nothing to learn.")
+
+
+def check_samples(function: str, logits: Any, labels: Any, *, what: str = "logits") -> None:
+    """What every bare function of logits [B, C] and labels [B] asks for: shapes and types always, and outside a trace finite
+    numbers and labels in 0..C-1. In a trace other labels are padding, which belongs to no class."""
+    check_logits_labels(function, logits, labels)
+    check_finite(function, logits, what=what)
+    check_labels(function, labels, np.shape(logits)[1])
 
 
 def check_labels(function: str, labels: Any, num_classes: int) -> None:
@@ -80,7 +101,7 @@ def check_labels(function: str, labels: Any, num_classes: int) -> None:
         )
 
 
-def check_finite(function: str, logits: Any) -> None:
+def check_finite(function: str, logits: Any, *, what: str = "logits") -> None:
     """Raises ValueError for logits [B, C] with nan or infinity: says the first offender's place and value (host only)."""
     if is_traced(logits):
         return
@@ -89,7 +110,7 @@ def check_finite(function: str, logits: Any) -> None:
     if bad.size:
         place = tuple(int(i) for i in bad[0])
         raise ValueError(
-            f"{function} needs finite logits, got {float(array[place])} at {list(place)} "
+            f"{function} needs finite {what}, got {float(array[place])} at {list(place)} "
             f"({len(bad)} such entries). Lower the learning rate, or drop these samples."
         )
 

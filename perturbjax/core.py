@@ -17,17 +17,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_index, check_labels
+from perturbjax.checks import check_index, check_labels, is_traced
 from perturbjax.classes import AxisName, at_least_float32, wide
 from perturbjax.line import Line, line
 
 TAIL = ("prediction", "label", "loss", "logit_gradient")
 """The sites after the logits: log softmax(u) [B, C], the targets [B, C], the losses [B], ∂ℓ/∂u [B, C]."""
 
+CLEAN = "clean logits"
+"""In `Flow.extra`, left by links that search: (whether one has [] bool, logits [B, C] at the end of the pass without what it found)."""
+
 # Folded into the step's key for the model's own random draws; links fold in their position, which stays far below.
 _MODEL_STREAM = 0x6D6F64
+_EVALUATIONS = "inner_evaluations"
 
 
 class Flow(NamedTuple):
@@ -54,9 +59,12 @@ class Context(NamedTuple):
     batch_size: int | None = None
     num_domains: int | None = None
     axis_name: AxisName = None
+    balanced_from: float | None = None  # share of training after which batches are drawn class-balanced; None: never
     site: str | None = None  # where this link acts
     level: Callable[[str], int] | None = None  # number of a site, for layer-scaled bounds (Line.level)
     site_shapes: Mapping[str, tuple[int, ...]] | None = None  # at init only: shape of a batch's value at each site
+    steps_per_epoch: int | None = None  # None: full batches in num_examples
+    inputs: Any = None  # at init only: the batch that it was given, if its numbers are known there
     step: ArrayLike = 0  # optimiser steps taken
     progress: ArrayLike = 0.0  # step / total steps
     epoch: ArrayLike = 0
@@ -95,7 +103,7 @@ class Perturbation(NamedTuple):
     init: Callable[[Context], Any]
     apply: Callable[[Flow, Rest, Any, Context], tuple[Flow, Any, dict[str, jax.Array]]]
     search: bool = False  # reruns the rest of the pass: left out of the rest of earlier links, so that costs add up
-    needs: tuple[str, ...] = ()  # sites in the trace, and "head", "cosine", "class_counts", "domains": checked before training
+    needs: tuple[str, ...] = ()  # sites, "head", "cosine", "class_counts", "domains", "index": checked before training
     name: str = ""  # of the method it belongs to, for metrics and messages; set by @method
     shared: bool = False  # links with one `init` have one state, each as the link before left it (sites up to the loss)
 
@@ -136,7 +144,7 @@ class Batch(NamedTuple):
     labels: jax.Array  # [B] int32
     targets: jax.Array | None = None  # [B, C]; None: one-hot labels
     weights: jax.Array | None = None  # [B]; None: ones
-    index: jax.Array | None = None  # [B]; None: 0..B-1
+    index: jax.Array | None = None  # [B]; None: 0..B-1, an error for links that keep tables by sample
     side: Mapping[str, jax.Array] = {}
 
 
@@ -159,7 +167,7 @@ class Output(NamedTuple):
 
     states: tuple  # of the links, for the next step
     stats: Any  # new BatchNorm statistics
-    metrics: dict[str, jax.Array]  # "method/name" -> scalar
+    metrics: dict[str, jax.Array]  # "method/name" -> scalar; of two methods of one name "method/name@site"
     losses: jax.Array  # [B] with weights and penalty, whose mean is the loss
     logits: jax.Array  # [B, C] after the links
 
@@ -173,7 +181,7 @@ class Objective:
     context: Context
 
     def init(self, variables: Any, inputs: jax.Array, *, stats: Any = None) -> tuple:
-        """States of all links, for a batch like `inputs` [B, ...] (only shape and dtype matter)."""
+        """States of all links, for a batch like `inputs` [B, ...]: shape and dtype matter; numbers, if there are any, are only checked."""
         shapes, options = {"input": tuple(inputs.shape)}, {}
         value: Any = jax.ShapeDtypeStruct(inputs.shape, jax.dtypes.canonicalize_dtype(inputs.dtype))
         if self.line.side is not None:
@@ -189,7 +197,22 @@ class Objective:
                 f"objective needs logits [B, num_classes] = {(inputs.shape[0], self.context.num_classes)}, "
                 f"got {shapes['logits']} from the model. Set num_classes to the number of the model's outputs."
             )
-        context = self.context._replace(site_shapes=shapes, batch_size=inputs.shape[0], level=self.line.level)
+        for link in self.links:
+            for site in (link.site, *link.needs):
+                if site in shapes and shapes[site][:1] != (inputs.shape[0],):
+                    raise ValueError(
+                        f"{link.name or 'link'} needs one row per sample at the site {site!r}, [B, ...] with B = {inputs.shape[0]}, "
+                        f"got {shapes[site]}. Let the model return value.reshape(B, ...) there and shape it back behind the site, "
+                        "or name another site."
+                    )
+        known = (
+            isinstance(inputs, np.ndarray | jax.Array)
+            and not is_traced(inputs)
+            and getattr(inputs, "is_fully_addressable", True)
+        )
+        context = self.context._replace(
+            site_shapes=shapes, inputs=inputs if known else None, batch_size=inputs.shape[0], level=self.line.level
+        )  # fmt: skip
         states = [link.init(context._replace(site=link.site)) for link in self.links]
         return tuple(state if _owner(self.links, i) == i else () for i, state in enumerate(states))
 
@@ -214,7 +237,9 @@ class Objective:
           variables: what is differentiated (the "params" of a Flax model).
           states: of the links, from `init` or the last Output.
           data: a Batch.
-          key: typed PRNG key of this step; the same key gives the same masks and mixing pairs. None: key 0.
+          key: typed PRNG key of this step; the same key gives the same masks and mixing pairs. None: key 0. What links draw for a
+            sample follows its `index`; what the model draws (its dropout, stochastic depth) its place in the batch, and with
+            `axis_name` its device.
           step, progress, epoch: where training stands, for schedules and running statistics (numbers, may be traced).
           stats: BatchNorm statistics.
           weights: [B], multiplied into the sample weights (class- or domain-wise gradients of one batch).
@@ -223,6 +248,7 @@ class Objective:
         """
         inputs, labels = jnp.asarray(data.inputs), jnp.asarray(data.labels)
         count, num_classes = labels.shape[0], self.context.num_classes
+        self._check_labels(labels, data.weights)
         dtype = at_least_float32(inputs.dtype)
         targets = jax.nn.one_hot(labels, num_classes, dtype=dtype) if data.targets is None else data.targets
         weight = lambda given: jnp.ones([count], dtype) if given is None else jnp.asarray(given, dtype)
@@ -235,7 +261,7 @@ class Objective:
             side=data.side if self.line.side is None else {**data.side, **self.line.side(inputs)},
             trace={},
             extra={},
-            penalty=jnp.zeros([count], dtype),
+            penalty=self._outside(data.index, count).astype(dtype),
             stats=stats,
         )
         context = self.context._replace(
@@ -247,6 +273,29 @@ class Objective:
         losses = flow.weights.astype(flow.value.dtype) * flow.value + flow.penalty.astype(flow.value.dtype)
         return losses.mean(), Output(states, flow.stats, metrics, losses, flow.trace["logits"])
 
+    def _check_labels(self, labels: jax.Array, weights: ArrayLike | None) -> None:
+        """Raises ValueError for labels outside 0..C-1 where they can be seen; those of samples with weight 0 are padding."""
+        if not is_traced((labels, weights)) and labels.is_fully_addressable:
+            counted = labels if weights is None else np.where(np.asarray(weights) != 0, np.asarray(labels), 0)
+            check_labels("objective", counted, self.context.num_classes)
+
+    def _outside(self, index: jax.Array | None, count: int) -> jax.Array:
+        """[B] zeros; nan for positions beyond the tables by sample, if a link keeps any: the loss then tells what can't be an error in jit."""
+        keeper = next((link.name or "link" for link in self.links if "index" in link.needs), None)
+        if keeper is None:
+            return jnp.zeros([count], jnp.float32)
+        if index is None:
+            raise ValueError(
+                f"{keeper} needs each sample's position in the data set, got a batch without index. "
+                "Pass pj.batch(x, y, index=positions), positions [B] in 0..num_examples-1."
+            )
+        rows = self.context.num_examples
+        if rows is None:  # then its tables are its own business
+            return jnp.zeros([count], jnp.float32)
+        if not is_traced(index) and getattr(index, "is_fully_addressable", True):
+            check_index(keeper, index, rows)
+        return jnp.where((index >= 0) & (index < rows), 0.0, jnp.nan)
+
 
 def objective(
     model: Any,
@@ -257,6 +306,8 @@ def objective(
     num_examples: int | None = None,
     num_domains: int | None = None,
     axis_name: AxisName = None,
+    balanced_from: float | None = None,
+    steps_per_epoch: int | None = None,
 ) -> Objective:
     """The perturbed loss of a model as one pure function.
 
@@ -267,7 +318,10 @@ def objective(
       class_counts: [C] training samples of each class, for the methods that need them.
       num_examples: size of the training set, for the methods that keep a table by sample.
       num_domains: for domain generalization.
-      axis_name: mapped axis of per-device code (pmap, shard_map); None under jit, sharded or not.
+      axis_name: mapped axis of per-device code (pmap, shard_map); None under jit, sharded or not. The model's own random draws are
+        independent on every device then.
+      balanced_from: share of training after which the batches are class-balanced, for methods that ask for such.
+      steps_per_epoch: for the methods that act once an epoch; None: the full batches in num_examples.
 
     Raises:
       ValueError: an unknown site (lists those there are), class counts missing or of the wrong length, or something else that
@@ -275,7 +329,7 @@ def objective(
     """
     made, links = line(model), chain(links)
     links = tuple(link if link.site in TAIL else link._replace(site=made.site(link.site)) for link in links)
-    given = {"head"} if made.head is not None else set()
+    given = {"index"} | ({"head"} if made.head is not None else set())  # the index is a batch's: checked when that comes
     given |= {"cosine"} if made.scale is not None else set()
     given |= {"class_counts"} if class_counts is not None else set()
     given |= {"domains"} if num_domains is not None else set()
@@ -299,9 +353,8 @@ def objective(
                 f"objective needs class_counts of shape ({num_classes},), got {class_counts.shape}. "
                 "Count with numpy.bincount(labels, minlength=num_classes)."
             )
-    return Objective(
-        made, links, Context(num_classes, class_counts, num_examples, None, num_domains, axis_name, scale=made.scale)
-    )
+    context = Context(num_classes, class_counts, num_examples, None, num_domains, axis_name, balanced_from, scale=made.scale)
+    return Objective(made, links, context._replace(steps_per_epoch=steps_per_epoch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,11 +373,11 @@ class _Pass:
 
     def run(self, flow: Flow) -> tuple[Flow, tuple, dict]:
         """The outer pass, which keeps states, statistics and metrics; then the links at the logit gradient."""
-        states, metrics = list(self.states), {}
+        states, reports = list(self.states), []
 
         def keep(i, state, found):
             states[_owner(self.links, i)] = state
-            _collect(metrics, self.links[i].name, found)
+            reports.append((i, found))
 
         start = flow
         at_logits = self._walk(start, 0, 0, self.context.key, keep, stop=len(self.line.sites), states=states)
@@ -334,7 +387,7 @@ class _Pass:
         flow = self._walk(tail, len(self.line.sites), 0, self.context.key, keep, enter=True, states=states)
         if backward:
             flow = self._perturb_logit_gradient(start, at_logits, flow, keep)
-        return flow, tuple(states), metrics
+        return flow, tuple(states), _collected(self.links, reports)
 
     def _walk(self, flow, start, first_link, key, keep=None, *, stop=None, enter=False, states=None):
         """Runs the flow from stop number `start` on. `keep` takes new states and metrics (None: inside a rest).
@@ -377,6 +430,9 @@ class _Pass:
         if site == "loss":
             return flow._replace(value=-jnp.sum(flow.targets * flow.trace["prediction"], axis=-1))
         model_key = jax.random.fold_in(key, _MODEL_STREAM)
+        if self.context.axis_name is not None:  # the model draws for its place in the batch, of which every device has its own
+            device = jax.lax.axis_index(self.context.axis_name)
+            model_key = jnp.where(device > 0, jax.random.fold_in(model_key, device), model_key)
         options = {} if self.line.side is None else {"side": flow.side}
         value, stats = self.line.slice(
             self.context.variables, flow.value, before, site, stats=flow.stats, train=self.train, key=model_key, **options
@@ -445,11 +501,47 @@ def _taken(flow: Flow, rows: jax.Array) -> Flow:
     return flow._replace(extra={}, **{name: own(getattr(flow, name)) for name in per_sample})
 
 
-def _collect(metrics: dict, name: str, found: Mapping[str, jax.Array]) -> None:
-    """Adds a link's metrics under its method's name; a second link of the same method adds to the first one's counts."""
-    for key, value in found.items():
-        full = f"{name}/{key}" if name else key
-        metrics[full] = metrics[full] + value if full in metrics and key == "inner_evaluations" else value
+def _collected(links: Chain, reports: list[tuple[int, Mapping[str, jax.Array]]]) -> dict[str, jax.Array]:
+    """The links' metrics as "method/name"; where two methods of one name report the same, "method/name@site", each its own.
+
+    Links that share a state are one method, and the last one speaks for all. Inner evaluations add up under the plain name; where
+    several links have some, each one's own are there as well.
+    """
+    named: dict[str, dict[int, jax.Array]] = {}
+    for i, report in reports:
+        for key, value in report.items():
+            place = i if key == _EVALUATIONS else _owner(links, i)
+            named.setdefault(f"{links[i].name}/{key}" if links[i].name else key, {})[place] = value
+    metrics: dict[str, jax.Array] = {}
+    for name, values in named.items():
+        counts = name.split("/")[-1] == _EVALUATIONS
+        if counts or len(values) == 1:
+            metrics[name] = sum(list(values.values())[1:], start=next(iter(values.values())))
+        if len(values) > 1:
+            for place, value in values.items():
+                own = [i for i in range(len(links)) if (i if counts else _owner(links, i)) == place]
+                site = full = f"{name}@{'+'.join(links[i].site for i in own)}"
+                while full in metrics:  # several at one site
+                    full = f"{site}#{int(full.removeprefix(site)[1:] or 1) + 1}"
+                metrics[full] = value
+    return metrics
+
+
+def clean_logits(flow: Flow, logits: jax.Array) -> jax.Array:
+    """The logits [B, C] of the clean pass, which statistics of the classes are taken from: those that a search before has left in the
+    flow, or else `logits`."""
+    if CLEAN not in flow.extra or flow.extra[CLEAN][1].shape != logits.shape:
+        return logits
+    known, clean = flow.extra[CLEAN]
+    return jnp.where(known, clean.astype(logits.dtype), logits)
+
+
+def keep_clean(flow: Flow, logits: jax.Array, *, searched: ArrayLike = True) -> Flow:
+    """The flow with `clean_logits` for later links: those of the first search. searched: whether this link was one in this step."""
+    known, before = flow.extra.get(CLEAN, (False, logits))
+    done = jnp.asarray(searched) | (known if before.shape == logits.shape else False)
+    clean = jax.lax.stop_gradient(clean_logits(flow, logits))
+    return flow._replace(extra={**flow.extra, CLEAN: (done, clean)})
 
 
 def per_sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:

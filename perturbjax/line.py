@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from perturbjax.checks import check_choice
+from perturbjax.frozen import stop_frozen
 
 Variables = Any
 Stats = Any
@@ -69,7 +70,8 @@ def line(
 
     Args:
       model: one of
-        a Flax linen module with `sites` (those of `perturbjax.models`): variables are its "params", stats its "batch_stats";
+        a Flax linen module with `sites` (those of `perturbjax.models`): variables are its "params", stats its "batch_stats"; no gradient
+        reaches the parameters below the prefixes in its `frozen`, if it has that field;
         a function `apply(variables, inputs) -> logits`: a line with the two sites input and logits;
         a mapping from site to function, in the order of the forward pass, the last one "logits": each function takes
         (variables, value at the site before) and returns the value at its own site;
@@ -113,8 +115,10 @@ def line(
 
 
 def _from_module(module: Any) -> Line:
+    frozen = getattr(module, "frozen", ())
+
     def run_slice(variables, value, start, stop, *, stats=None, train=True, key=None, side=None):
-        collections = {"params": variables, **({"batch_stats": stats} if stats else {})}
+        collections = {"params": stop_frozen(variables, frozen), **({"batch_stats": stats} if stats else {})}
         rngs = None if key is None else {"dropout": key}
         options = dict(train=train, start=start, stop=stop)
         options |= {name: side[name] for name in getattr(module, "takes", ())}
@@ -125,6 +129,7 @@ def _from_module(module: Any) -> Line:
         return value, new["batch_stats"]
 
     cosine = getattr(module, "head", None) == "cosine"
-    head = module.head_of if hasattr(module, "head_of") and not cosine else None
+    has_head = hasattr(module, "head_of") and not cosine
+    head = (lambda variables: module.head_of(stop_frozen(variables, frozen))) if has_head else None
     side = getattr(module, "side_of", None)
     return Line(tuple(module.sites), run_slice, head, module.scale if cosine else None, side)

@@ -44,7 +44,7 @@ def project(delta: jax.Array, bound: jax.Array, norm: Norm = "l2") -> jax.Array:
         return jnp.clip(delta, -radius, radius)
     if norm == "l2":
         length = group_norm(delta)
-        outside = length > bound
+        outside = ~(length <= bound)  # also for a bound that is nan, which then shows
         # Both branches stay finite, also for an infinite radius, so that derivatives do too.
         shrink = jnp.where(outside, bound, 1) / jnp.where(outside, length, 1)
         return delta * per_group(jnp.where(outside, shrink, 1), delta)

@@ -290,4 +290,4 @@ def _check_tau(function: str, tau: Any, words: tuple[str, ...]) -> None:
     if isinstance(tau, str):
         check_choice(function, "tau", tau, words)
     else:
-        check_number(function, low=0, tau=tau)
+        check_number(function, low=0, infinite=True, tau=tau)

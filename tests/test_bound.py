@@ -50,6 +50,75 @@ def test_a_schedule_of_the_step():
     close(found(jnp.int32(20)), 1.0)
 
 
+def test_a_course_follows_the_progress():
+    """From the first number to the last over the run, also inside the layers' scale; its largest value is an end."""
+    found = lambda bound, progress, **place: radius(
+        bound, default=0.1, split=pj.all_classes(), state=(), context=CONTEXT._replace(progress=progress), **place
+    )
+    course = pj.linear(first=0.4, last=0.1)
+    for progress, value in ((0.0, 0.4), (0.5, 0.25), (1.0, 0.1)):
+        close(jax.jit(lambda p: found(course, p))(progress), value)
+        close(found(pj.layer_scaled(course, beta=0.5), progress, site="stage3"), 0.5 * value)
+    close(found(pj.cosine(first=2.0), 0.5), 1.0)
+    assert largest(course, default=1.0) == largest(pj.layer_scaled(pj.cosine(first=0.1, last=0.4)), default=1.0) == 0.4
+    jax.jit(lambda x: largest(pj.linear(first=x), default=1.0) is None and x)(1.0)
+    assert needs(course, pj.by_accuracy()) == ()
+
+
+NEGATIVE = {
+    "schedule": lambda: lambda step: jnp.where(step < 3, 0.3, -0.3),
+    "classes": lambda: lambda step: jnp.where(step < 3, 0.3, jnp.array([0.3, 0.1, 0.1, 0.1, -0.3])),
+    "nan": lambda: lambda step: jnp.where(step < 3, 0.3, jnp.nan),
+    "layers": lambda: pj.layer_scaled(lambda step: jnp.where(step < 3, 0.3, -0.3)),
+}
+
+
+@pytest.mark.parametrize("name", NEGATIVE)
+def test_a_schedule_that_turns_negative_becomes_nan_and_turns_no_direction_round(name):
+    bound = NEGATIVE[name]()
+    found = jax.jit(
+        lambda step: radius(
+            bound, default=0.1, split=pj.all_classes(), state=(), context=CONTEXT._replace(step=step), site="stage3"
+        )
+    )
+    assert np.isfinite(found(2)).all()
+    assert np.isnan(found(4)[-1]) and not (np.asarray(found(4)) < 0).any()
+
+
+def test_a_traced_number_that_is_negative_becomes_nan():
+    found = jax.jit(lambda x: (eps(x), eps(pj.varied(eps=x, delta_eps=0.1)), eps(pj.layer_scaled(x), site="stage3")))
+    assert np.isnan(found(-0.3)).all() and np.isfinite(found(0.3)).all() and np.isfinite(found(0.0)).all()
+
+
+X, Y = jax.random.normal(jax.random.key(0), [6, 4]), jnp.arange(6, dtype=jnp.int32) % 3
+NET = pj.line({"stage1": lambda w, x: jnp.tanh(x @ w["a"]), "features": lambda w, x: x, "logits": lambda w, x: x @ w["w"]},
+              head=lambda w: (w["w"].T, jnp.zeros(3)))  # fmt: skip
+PARAMS = {"a": jnp.eye(4), "w": 0.3 * jax.random.normal(jax.random.key(1), [4, 3])}
+
+
+@pytest.mark.parametrize(
+    "make, settings",
+    [
+        (pj.lpg, dict()),
+        (pj.lpg, dict(form="scale")),
+        (pj.lpg, dict(inference="pgd")),
+        (pj.lpg, dict(inference="pgd", step_size=0.1)),
+        (pj.lpl, dict(max_steps=3)),
+        (pj.lpl, dict(max_steps=3, num_steps=2, project=True)),
+        (pj.lpa, dict(site="stage1")),
+        (pj.lpa, dict(site="stage1", step_size=0.1)),
+    ],
+    ids=str,
+)
+def test_whatever_takes_a_bound_has_a_gradient_of_nan_where_it_turns_negative(make, settings):
+    """LPG with −ε amplifies what it should dampen, LPL does nothing: neither must go on unseen."""
+    link = make(bound=lambda step: jnp.where(step == 4, -0.1, 0.2), direction=1.0, **settings)
+    made = pj.objective(NET, link, num_classes=3)
+    states = made.init(PARAMS, X)
+    gradient = jax.jit(lambda step: jax.grad(made, has_aux=True)(PARAMS, states, pj.batch(X, Y), step=step)[0]["w"])
+    assert np.isfinite(gradient(3)).all() and np.isnan(gradient(4)).any()
+
+
 @pytest.mark.parametrize("tau, at", [("mean", 0.55), ("median", 0.55), (0.7, 0.7), (3.0, 1.0)])
 def test_varied_by_accuracy(tau, at):
     """ε + Δε·|τ − q̄_c|; a threshold above everything counts as 1."""
@@ -213,6 +282,13 @@ def test_bounds_that_pass():
         (lambda: check_bound("lpl", np.array([0.1, -1.0])), "lpl needs bound >= 0"),
         (lambda: check_bound("lpl", "large"), "lpl needs a number for bound, got 'large'"),
         (lambda: check_bound("lpa", pj.layer_scaled(-0.1)), "lpa needs bound >= 0, got -0.1"),
+        (lambda: pj.lpg(bound=lambda step: -0.1 + 0 * step), "lpg needs bound >= 0 at every step, got -0.1 at step 0"),
+        (
+            lambda: check_bound("lpg", lambda step: np.array([1.0, -1.0])),
+            r"lpg needs bound >= 0 at every step, got \[ 1. -1.\]",
+        ),
+        (lambda: check_bound("lpg", pj.linear(first=0.1, last=-0.1)), "lpg needs bound >= 0, got -0.1"),
+        (lambda: check_bound("lpg", pj.by_rate()), "lpg needs bound to follow the progress, got by_rate"),
         (lambda: pj.varied(eps=-0.1), "varied needs eps >= 0, got -0.1"),
         (lambda: pj.varied(delta_eps=-0.1), "varied needs delta_eps >= 0"),
         (lambda: pj.varied(statistic="logs"), "varied needs statistic .* got 'logs'. Did you mean 'log'"),

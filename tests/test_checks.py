@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import perturbjax as pj
 from perturbjax.checks import check_choice, check_labels, check_logits_labels, check_number, is_traced, nearest
 
 
@@ -32,6 +33,12 @@ def test_numbers_inside_pass(value):
         (float("nan"), dict(), "a finite x, got nan"),
         (float("nan"), dict(low=0, high=1), "0 <= x <= 1, got nan"),
         (-np.inf, dict(low=0), "x >= 0, got -inf"),
+        (-np.inf, dict(low=0, infinite=True), "x >= 0, got -inf"),
+        (np.inf, dict(), "a finite x, got inf"),
+        (-np.inf, dict(), "a finite x, got -inf"),
+        (np.inf, dict(low=0), "a finite x, got inf"),
+        (np.inf, dict(high=2, infinite=True), "x <= 2, got inf"),
+        (float("nan"), dict(infinite=True), "a number x, got nan"),
     ],
 )
 def test_numbers_outside_don_t_and_the_message_has_the_rule(value, limits, rule):
@@ -48,8 +55,26 @@ def test_no_number_at_all():
     assert "a number for x" in message(check_number, "f", x=lambda step: step)
 
 
-def test_infinity_passes_where_there_is_no_limit():
-    check_number("f", low=0, x=np.inf)
+def test_infinity_passes_where_it_is_let():
+    check_number("f", low=0, infinite=True, x=np.inf)
+    check_number("f", infinite=True, x=np.array([-np.inf, 0.0]))
+
+
+def test_settings_that_infinity_breaks_are_errors():
+    """A factor of inf makes losses nan; as a radius, a rate or a temperature it means nothing."""
+    for make, setting in [
+        (pj.logit_adjustment, "tau"), (pj.zla, "tau"), (pj.zla, "ratio"), (pj.mixup, "alpha"), (pj.focal, "gamma"), (pj.sam, "radius"),
+        (pj.pugd, "epsilon"), (pj.robust_lasso, "weight"), (pj.lpl, "step_size"), (pj.dp_sgd, "noise_multiplier"), (pj.varied, "eps"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"needs a finite {setting}, got inf"):
+            make(**{setting: float("inf")})
+
+
+def test_settings_in_which_infinity_says_no_bound_take_it():
+    pj.gradient_clipping(bound=np.inf), pj.dp_sgd(bound=np.inf), pj.sam(p=np.inf), pj.ada(bound=np.inf), pj.lpa(bound=np.inf)
+    pj.self_paced_logit(tau=np.inf), pj.self_paced(tau=np.inf), pj.uat(clip_loss=np.inf), pj.mixed_uat(clip_loss=np.inf)
+    pj.d2l(tolerance=np.inf), pj.proselflc(turning=np.inf), pj.robust_clustering(weight=np.inf), pj.mixpert(tau=np.inf)
+    pj.by_accuracy(tau=np.inf), pj.mbls(margin=np.inf), pj.svm(weight=np.inf)
 
 
 def test_traced_numbers_pass_unseen():
@@ -88,6 +113,47 @@ def test_logits_and_labels():
 def test_logits_and_labels_are_checked_in_a_trace():
     with pytest.raises(ValueError, match=re.escape("got (3, 2) and (4,)")):
         jax.jit(lambda u, y: check_logits_labels("f", u, y))(jnp.ones([3, 2]), jnp.zeros([4], jnp.int32))
+
+
+U, Y, X = jnp.array([[2.0, 0.5, -1.0], [0.0, 1.0, 0.0]]), jnp.array([0, 1]), jnp.ones([2, 4])
+BARE = {
+    "lpl_delta": lambda u, y: pj.lpl_delta(u, y, direction=1.0, bound=0.1, step_size=0.1),
+    "logpert_delta": lambda u, y: pj.logpert_delta(u, y, weight=0.3),
+    "mixpert_delta": lambda u, y: pj.mixpert_delta(u, y, bound=1.0),
+    "self_paced_logit_delta": lambda u, y: pj.self_paced_logit_delta(u, y, tau=1.0),
+    "arcface_delta": lambda u, y: pj.arcface_delta(u, y, scale=30.0),
+    "cosface_delta": lambda u, y: pj.cosface_delta(y, u.shape[1]),
+    "lpg_delta": lambda u, y: pj.lpg_delta(u, y, direction=1.0, bound=0.1),
+    "lpg_head_delta": lambda u, y: pj.lpg_head_delta(u, X, y, direction=1.0, bound=0.1),
+    "lpg_full_delta": lambda u, y: pj.lpg_full_delta(u, y, lambda v: X.T @ v, direction=1.0, bound=0.1),
+}
+each_function = pytest.mark.parametrize("name", BARE)
+
+
+@each_function
+def test_bare_functions_say_what_is_wrong_with_numbers_and_labels(name):
+    f = BARE[name]
+    assert np.isfinite(f(U, Y)).all()
+    for labels, found in ((jnp.array([0, 3]), 3), (jnp.array([0, -1]), -1)):
+        with pytest.raises(ValueError, match=f"{name} needs labels in 0..2, got {found} at position 1"):
+            f(U, labels)
+    with pytest.raises(ValueError, match=f"{name} needs at least 2 classes, got 1"):
+        f(U[:, :1], jnp.array([0, 0]))
+    for bad in (jnp.nan, jnp.inf):
+        if name != "cosface_delta":  # takes no logits
+            with pytest.raises(ValueError, match=rf"{name} needs finite .*, got {bad} at \[0, 1\]"):
+                f(U.at[0, 1].set(bad), Y)
+
+
+@each_function
+def test_within_jit_labels_outside_the_classes_are_padding(name):
+    found = jax.jit(BARE[name])(U, jnp.array([0, -1]))
+    assert np.isfinite(found).all() and (name == "mixpert_delta" or not np.asarray(found)[1].any())
+
+
+def test_one_class_has_no_margin():
+    with pytest.raises(ValueError, match="margins needs at least 2 classes, got 1"):
+        pj.margins(jnp.ones([2, 1]))
 
 
 def test_labels_outside_the_classes():

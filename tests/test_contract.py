@@ -1,6 +1,8 @@
 """What every method promises, tested once for all of them: a method joins by being exported (it is found by its coordinates)."""
 
+import functools
 import inspect
+import re
 import sys
 
 import jax
@@ -134,6 +136,39 @@ def run(make, *, settings=None, seed=0, steps=2):
     return state, losses
 
 
+def stepper(made, **options):
+    """One step of an epoch, with that epoch's own random draws: (state, batch, key, epoch) -> (state, loss)."""
+    return lambda state, batch, key, epoch: one_step(made, state, batch, jax.random.fold_in(key, epoch), epoch=epoch, **options)
+
+
+def steps_of(make):
+    """Three: one that gathers an epoch's statistics, two in later epochs, which use them. ADA keeps none, and the long steps that it
+    climbs by blow rounding up from step to step."""
+    return 1 if make is pj.ada else 3
+
+
+def walk(step, number, state, batch, key):
+    """The last (state, loss) of so many steps, each in an epoch of its own."""
+    for epoch in range(number):
+        state, loss = step(state, batch, key, jnp.int32(epoch))
+    return state, loss
+
+
+@functools.cache
+def plain_parameters(number, batch_norm=True):
+    """Of the first problem, after so many steps of plain training; batch_norm: says only what `normalised` is at the moment."""
+    params, stats, batch = problem()
+    return walk(jax.jit(stepper(())), number, start((), params, stats, batch), batch, jax.random.key(3))[0][0]
+
+
+def assert_it_acted(make, params, **given):
+    """A method that can be switched off, switched on as it is here, has moved the parameters away from those of plain training."""
+    if make.off is not None:
+        plain = plain_parameters(steps_of(make), **given)
+        apart = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, plain)
+        assert max(jax.tree.leaves(apart)) > 1e-6, "nothing is compared: the method did nothing"
+
+
 def assert_trees_close(a, b, **tolerance):
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **tolerance)
@@ -147,12 +182,23 @@ def test_the_first_wave_is_exported():
     assert set(taxonomy.registry()) >= {"ce", "la", "at", "ls", "bootstrap", "weighting", "clip", "noise"}
 
 
+def documented(name, text):
+    """Whether a docstring says what a setting is: as `name`, or in front of a colon, "name:" or "name, other:"."""
+    return re.search(rf"`{name}\b[^`]*`|\b{name}\b(?=(?:, \w+)*:)", text) is not None
+
+
+def test_a_setting_is_documented_by_its_name_and_not_by_its_letters():
+    text = "On p. 3 of the paper, with `rate` = 0.1.\n\n    Args:\n      bound, step_size: of q; see eq. 2."
+    assert all(documented(name, text) for name in ("rate", "bound", "step_size"))
+    assert not any(documented(name, text) for name in ("p", "q", "on", "rat", "step", "size", "paper"))
+
+
 @every_method
 def test_conventions(make):
     for p in inspect.signature(make).parameters.values():
         assert p.default is not p.empty and p.kind is p.KEYWORD_ONLY, f"{make.__name__}({p.name})"
         assert p.annotation is not p.empty, f"{make.__name__}({p.name}) is not annotated"
-        assert p.name in make.__doc__, f"{make.__name__} doesn't say what {p.name} is"
+        assert documented(p.name, make.__doc__), f"{make.__name__} doesn't say what {p.name} is"
     module = sys.modules[make.__module__].__doc__
     assert "Source:" in module and make.__doc__ and make.cite
 
@@ -208,28 +254,31 @@ def test_switched_on_is_not_plain_training(make):
 
 @every_method
 def test_vmapped_seeds_are_single_seeds(make):
-    seeds = range(3)
-    step = lambda state, batch, key: one_step(make(), state, batch, key)
-    states = [start(make(), *problem(s)) for s in seeds]
-    batches, keys = [problem(s)[2] for s in seeds], jax.random.split(jax.random.key(0), 3)
+    seeds, made = range(3), make(**ON.get(make.__name__, {}))
+    step = stepper(made)
+    states = [start(made, *problem(s)) for s in seeds]
+    batches, keys = [problem(s)[2] for s in seeds], jnp.stack([jax.random.key(s + 3) for s in seeds])
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
-    together = jax.jit(jax.vmap(step))(stack(states), stack(batches), keys)
+    together = walk(jax.jit(jax.vmap(step, in_axes=(0, 0, 0, None))), steps_of(make), stack(states), stack(batches), keys)
     single = jax.jit(step)
     for s in seeds:
-        alone = single(states[s], batches[s], keys[s])
+        alone = walk(single, steps_of(make), states[s], batches[s], keys[s])
         assert_trees_close(jax.tree.map(lambda x, s=s: x[s], together), alone, rtol=1e-4, atol=1e-5)
+    assert_it_acted(make, jax.tree.map(lambda x: x[0], together[0][0]))
 
 
 @every_method
 def test_eight_devices_are_one_device(make):
     params, stats, batch = problem()
-    step = jax.jit(lambda state, batch, key: one_step(make(), state, batch, key))
+    made = make(**ON.get(make.__name__, {}))
+    step = jax.jit(stepper(made))
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("d")))
     key, replicated = jax.random.key(3), NamedSharding(mesh, PartitionSpec())
-    state = start(make(), params, stats, batch)
-    out = step(jax.device_put(state, replicated), sharded, jax.device_put(key, replicated))
-    assert_trees_close(out, step(state, batch, key), rtol=1e-4, atol=1e-5)
+    state = start(made, params, stats, batch)
+    out = walk(step, steps_of(make), jax.device_put(state, replicated), sharded, jax.device_put(key, replicated))
+    assert_trees_close(out, walk(step, steps_of(make), state, batch, key), rtol=1e-4, atol=1e-5)
+    assert_it_acted(make, out[0][0])
 
 
 @every_method
@@ -242,14 +291,57 @@ def test_per_device_code_takes_class_statistics_over_all_devices(make, monkeypat
     params, stats, batch = problem()
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
     P = PartitionSpec
+    made = make(**ON.get(make.__name__, {}))
     mapped = jax.shard_map(
-        lambda state, batch, key: one_step(make(), state, batch, key, axis_name="d"),
-        mesh=mesh, in_specs=(P(), P("d"), P()), out_specs=P(), check_vma=False,
+        stepper(made, axis_name="d"),
+        mesh=mesh, in_specs=(P(), P("d"), P(), P()), out_specs=P(), check_vma=False,
     )  # fmt: skip
-    state = start(make(), params, stats, batch)
-    key = jax.random.key(3)
-    one = jax.jit(lambda state, batch, key: one_step(make(), state, batch, key))(state, batch, key)
-    assert_trees_close(jax.jit(mapped)(state, batch, key), one, rtol=1e-4, atol=1e-5)
+    state, given = start(made, params, stats, batch), (batch, jax.random.key(3))
+    one = walk(jax.jit(stepper(made)), steps_of(make), state, *given)
+    assert_trees_close(walk(jax.jit(mapped), steps_of(make), state, *given), one, rtol=1e-4, atol=1e-5)
+    assert_it_acted(make, one[0][0], batch_norm=False)
+
+
+DELTAS = {
+    "adversarial_training": ("input", lambda: pj.adversarial_training(bound=0.1, step_size=0.05, random_starts=True)),
+    "mixed_uat": ("input", lambda: pj.mixed_uat(bound=0.1, universal_bound=0.1, universal_step_size=0.05, step_size=0.05)),
+    "lpa": ("stage2", lambda: pj.lpa(bound=0.5, direction=jnp.array([1.0, -1.0, 1.0, -1.0, 1.0]))),
+}
+
+
+@pytest.mark.parametrize("per_device", [False, True], ids=["jit", "shard_map"])
+@pytest.mark.parametrize("name", DELTAS)
+def test_the_perturbations_are_the_same_on_one_two_and_eight_devices(name, per_device, monkeypatch):
+    """δ itself [B, ...], of the second step: mixed UAT has one for all samples by then."""
+    monkeypatch.setitem(globals(), "normalised", lambda x, running, train: (x, running))
+    (site, make), (params, stats, batch) = DELTAS[name], problem()
+    see = lambda key: pj.Perturbation(site, lambda c: (), lambda flow, rest, s, c: (flow, s, {key: flow.value}))
+    P = PartitionSpec
+
+    def deltas(devices):
+        shape = dict(num_classes=CLASSES, class_counts=COUNTS, num_examples=115 + BATCH)
+        made = pj.objective(
+            LINE, (see("before"), make(), see("after")), axis_name="d" if per_device and devices else None, **shape
+        )
+
+        def run(states, batch):
+            out = made(params, states, batch, stats=stats, key=jax.random.key(3))[1]
+            return out.states, out.metrics["after"] - out.metrics["before"]
+
+        states, given, run = made.init(params, batch.inputs, stats=stats), batch, run
+        if devices:
+            mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
+            given = jax.device_put(batch, NamedSharding(mesh, P("d")))
+            states = jax.device_put(states, NamedSharding(mesh, P()))
+            if per_device:
+                run = jax.shard_map(run, mesh=mesh, in_specs=(P(), P("d")), out_specs=(P(), P("d")), check_vma=False)
+        run = jax.jit(run)
+        return np.asarray(run(run(states, given)[0], given)[1])
+
+    one = deltas(None)
+    assert np.abs(one).reshape(BATCH, -1).max(1).min() > 1e-2
+    for devices in (2, 8):
+        np.testing.assert_allclose(deltas(devices), one, rtol=1e-4, atol=1e-6)
 
 
 @every_method

@@ -249,7 +249,9 @@ def test_states_and_metrics_come_from_the_outer_pass_alone():
     links = pj.chain(searching("input", [], times=3), counter("stage1"), counter("loss"), searching("logits", []), pj.lpg())
     _, out = run(links)
     assert [int(s) for s in out.states[1:3]] == [1, 1]
-    assert int(out.metrics["counter/count"]) == 1
+    assert out.metrics.pop("lpg/raised") == 0
+    counts = {name: int(value) for name, value in out.metrics.items() if name.startswith("counter")}
+    assert counts == {"counter/count@stage1": 1, "counter/count@loss": 1}
     _, again = run(links, states=out.states)
     assert [int(s) for s in again.states[1:3]] == [2, 2]
 
@@ -280,6 +282,36 @@ def test_metrics_carry_the_method_s_name_and_inner_evaluations_add_up():
     assert int(metrics["lpg/raised"]) == C
     nameless = pj.Perturbation("loss", lambda c: (), lambda flow, rest, s, c: (flow, s, {"found": jnp.ones([])}))
     assert set(run(nameless)[1].metrics) == {"found"}
+
+
+def reports(site, value, **fields):
+    """A link that reports a value, and as many evaluations."""
+    apply = lambda flow, rest, state, context: (flow, state, {"found": jnp.int32(value), "inner_evaluations": jnp.int32(value)})
+    return pj.Perturbation(site, lambda context: (), apply, name="m", **fields)
+
+
+def test_metrics_of_two_methods_of_one_name_keep_apart_by_their_sites():
+    """None is lost, alone a method keeps its plain names, and evaluations add up under the plain name in any case."""
+    metrics = lambda *links: {name: int(value) for name, value in run(pj.chain(*links))[1].metrics.items()}
+    assert metrics(reports("stage1", 1)) == {"m/found": 1, "m/inner_evaluations": 1}
+    assert metrics(reports("stage2", 2), reports("stage1", 1), reports("stage2", 3), reports("stage2", 4)) == {
+        "m/found@stage1": 1, "m/found@stage2": 2, "m/found@stage2#2": 3, "m/found@stage2#3": 4,
+        "m/inner_evaluations": 10, "m/inner_evaluations@stage1": 1, "m/inner_evaluations@stage2": 2,
+        "m/inner_evaluations@stage2#2": 3, "m/inner_evaluations@stage2#3": 4,
+    }  # fmt: skip
+
+
+def test_links_that_share_a_state_report_as_one_method():
+    """The last one for all of them; beside another such method, by all sites of each."""
+
+    def method(values):
+        init = lambda context: ()
+        return tuple(reports(site, value, shared=True)._replace(init=init) for site, value in zip(("stage1", "stage2"), values))
+
+    found = lambda *links: {k: int(v) for k, v in run(pj.chain(*links))[1].metrics.items() if "found" in k}
+    assert found(method((1, 2))) == {"m/found": 2}
+    assert found(method((1, 2)), reports("stage1", 5)) == {"m/found@stage1+stage2": 2, "m/found@stage1": 5}
+    assert found(method((1, 2)), method((3, 4))) == {"m/found@stage1+stage2": 2, "m/found@stage1+stage2#2": 4}
 
 
 def stateful(noise=0.0):
@@ -339,6 +371,54 @@ def test_each_link_has_its_own_key_by_its_position():
     expected = [jax.random.fold_in(key, position) for position in (1, 0, 2)]
     equal([jax.random.key_data(k) for k in keys[:2]], [jax.random.key_data(k) for k in expected[:2]])
     equal(jax.random.key_data(keys[-1]), jax.random.key_data(expected[-1]))
+
+
+def per_device(run, devices, *arguments):
+    """run(*arguments), the last one [D·B, ...] spread over the devices, the others everywhere; its results stand one after the other."""
+    P = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((devices,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (*(P() for _ in arguments[1:]), P("d"))
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=False))(*arguments)
+
+
+def test_the_model_s_own_draws_are_independent_on_every_device():
+    """Equal samples everywhere: the losses of no two devices agree. The first device's are those of one device alone."""
+    model, same = stateful(noise=1.0), np.tile(INPUTS[:2], (4, 1))
+    labels = jnp.zeros([8], jnp.int32)
+
+    def losses(links=(), axis_name="d"):
+        made = pj.objective(model, links, num_classes=C, axis_name=axis_name)
+        states = ((),) * len(links)
+        one = lambda key, x: made(PARAMS, states, pj.batch(x, labels[: len(x)]), key=key, stats=STATS)[1].losses
+        if axis_name is None:
+            return np.asarray(one(jax.random.key(5), same[:2]))
+        return np.asarray(per_device(one, 4, jax.random.key(5), same)).reshape(4, 2)
+
+    found = losses()
+    assert min(np.abs(found[i] - found[j]).max() for i in range(4) for j in range(i)) > 1e-2
+    np.testing.assert_allclose(found[0], losses(axis_name=None), rtol=1e-6)
+
+    def apply(flow, rest, state, context):
+        return flow._replace(extra={"before": rest(flow.value)}), state, {}
+
+    search = pj.Perturbation(
+        "input", lambda c: (), apply, search=True
+    )  # the rest draws what the outer pass does, on each device
+    change = link("loss", lambda flow: flow._replace(value=flow.value - flow.extra.get("before", 0.0)))
+    np.testing.assert_allclose(losses(pj.chain(search, change)), 0, atol=1e-6)
+
+
+def test_four_equal_samples_on_two_devices_have_four_masks_of_the_model_s_dropout():
+    from perturbjax.models import create
+
+    x, labels = np.tile(np.linspace(0, 1, 27, dtype=np.float32).reshape(1, 3, 3, 3), (4, 1, 1, 1)), jnp.zeros([2], jnp.int32)
+    net = create("mlp", num_classes=C, mean=(0.5,) * 3, std=(0.2,) * 3, width=16, dropout=0.5)
+    params = net.init(jax.random.key(0), x)["params"]
+    made = pj.objective(net, num_classes=C, axis_name="d")
+    losses = per_device(
+        lambda params, key, x: made(params, (), pj.batch(x, labels), key=key)[1].losses, 2, params, jax.random.key(1), x
+    )
+    assert np.diff(np.sort(losses)).min() > 1e-4
 
 
 def test_no_key_is_key_zero():
@@ -495,6 +575,35 @@ def test_wrong_numbers_of_classes():
         pj.objective(MODEL, num_classes=1)
     with pytest.raises(ValueError, match=re.escape("class_counts of shape (3,), got (4,)")):
         pj.objective(MODEL, num_classes=C, class_counts=np.ones(4))
+
+
+def test_a_site_without_one_row_per_sample_is_an_error_that_names_it():
+    """Words or patches as rows (2B), one row for all: only where a link acts or reads, as a model may fold rows elsewhere."""
+    for fold, shape in ((lambda x: x.reshape(-1, 2), (2 * 6, 2)), (lambda x: x.reshape(1, -1), (1, 24))):
+        pieces = {
+            "stage1": lambda w, x, fold=fold: fold(x @ w["a"]),
+            "features": lambda w, x: jnp.tanh(x.reshape(6, 4)),
+            "logits": lambda w, x: x @ w["b"],
+        }
+        params = {"a": jnp.ones([D, 4]), "b": jnp.ones([4, C])}
+        init = lambda links: pj.objective(pieces, links, num_classes=C).init(params, INPUTS[:6])
+        for links in (pj.lpa(site="stage1", direction=1.0), shift("loss", 0.0, needs=("stage1",), name="lpa")):
+            with pytest.raises(
+                ValueError,
+                match=re.escape(f"lpa needs one row per sample at the site 'stage1', [B, ...] with B = 6, got {shape}"),
+            ):
+                init(links)
+        init(pj.chain(pj.lpa(site="features"), pj.lpl(), pj.adversarial_training(value_range=None)))
+
+
+def test_the_objective_says_which_labels_are_none_unless_they_have_no_weight():
+    wrong = np.array(LABELS)
+    wrong[2] = C
+    for label, weights in ((C, None), (C, np.ones(B, np.float32))):
+        with pytest.raises(ValueError, match=re.escape(f"objective needs labels in 0..{C - 1}, got {label} at position 2")):
+            run(data=pj.batch(INPUTS, wrong, weights=weights))
+    run(data=pj.batch(INPUTS, wrong, weights=(wrong < C).astype(np.float32)))  # padding
+    jax.jit(lambda y: run(data=pj.batch(INPUTS, y))[0])(wrong)  # can't be seen
 
 
 def test_labels_are_checked_where_they_can_be_seen():

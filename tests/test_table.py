@@ -7,6 +7,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import perturbjax as pj
+from perturbjax.analysis.dynamics import dynamics
 from perturbjax.checks import check_index
 from perturbjax.core import Context
 from perturbjax.table import add, gather, new_table, own_share, read, write
@@ -57,3 +59,51 @@ def test_a_position_beyond_the_table_is_an_error_or_nan_but_never_another_sample
 def test_the_number_of_samples_must_be_known():
     with pytest.raises(ValueError, match="f needs num_examples for memory=True, got none. Pass pj.objective"):
         new_table("f", "memory=True", Context(4))
+
+
+KEEPERS = {
+    "logpert acs": lambda: pj.logpert(inference="acs"),
+    "logpert joint": lambda: pj.logpert(inference="joint"),
+    "logpert memory": lambda: pj.logpert(memory=True),
+    "bootstrapping soft": lambda: pj.bootstrapping(previous=True),
+    "bootstrapping hard": lambda: pj.bootstrapping(kind="hard", previous=True),
+    "dynamics": dynamics,
+}
+every_keeper = pytest.mark.parametrize("link", KEEPERS)
+
+
+def problem(*links):
+    made = pj.objective(lambda w, x: x @ w, links, num_classes=3, num_examples=N)
+    w, x = jnp.arange(6.0).reshape(2, 3), jnp.linspace(-1, 1, 8).reshape(4, 2)
+    return made, w, x, jnp.array([0, 1, 2, 0]), made.init(w, x)
+
+
+@every_keeper
+def test_a_table_with_a_forgotten_index_is_an_error_not_the_first_rows_over_and_over(link):
+    made, w, x, y, states = problem(pj.label_smoothing(), KEEPERS[link]())
+    message = f"{link.split()[0]} needs each sample's position .*, got a batch without index. Pass pj.batch\\(x, y, index=positions\\)"
+    for call in (made, jax.jit(made)):
+        with pytest.raises(ValueError, match=message):
+            call(w, states, pj.batch(x, y))
+    assert np.isfinite(made(w, states, pj.batch(x, y, index=jnp.array([7, 0, 9, 3])))[0])
+
+
+def test_methods_that_only_draw_by_the_index_go_on_without_one():
+    for links in ((), (pj.dropout(site="input"), pj.disturb_label(), pj.logpert(), pj.bootstrapping())):
+        made, w, x, y, states = problem(*links)
+        places = jnp.arange(4, dtype=jnp.int32)
+        np.testing.assert_array_equal(made(w, states, pj.batch(x, y))[0], made(w, states, pj.batch(x, y, index=places))[0])
+
+
+@every_keeper
+def test_a_position_beyond_the_table_makes_its_loss_nan_inside_jit_and_is_an_error_outside(link):
+    made, w, x, y, states = problem(KEEPERS[link]())
+    inside, outside = (pj.batch(x, y, index=jnp.array(index)) for index in ([7, 0, 9, 3], [7, -1, 10, 3]))
+    with pytest.raises(ValueError, match=rf"{link.split()[0]} needs indices in 0\.\.9, got -1 at position 1 of the batch"):
+        made(w, states, outside)
+    step = jax.jit(made)
+    loss, out = step(w, states, outside)
+    assert np.isnan(loss)
+    np.testing.assert_array_equal(np.isnan(out.losses), [False, True, True, False])
+    loss, out = step(w, states, inside)
+    assert np.isfinite(loss) and np.isfinite(out.losses).all()

@@ -25,7 +25,7 @@ def config():
         milestones=(150.0, 225.0),
         decay=0.1,
         augment=True,
-        methods="ce, bootstrap, bootstrap(hard), ls, ols, proselflc, dlb, mbls, logpert, mixpert",
+        methods="ce, bootstrap, bootstrap(hard), ls, gce, sce, ols, proselflc, dlb, mbls, logpert, mixpert",
         seeds=3,
         smoke=dict(
             data="digits", view="noise(symmetric, 0.2, true_class=true)", model="mlp", epochs=2, milestones=(1.0,), batch_size=32,

@@ -4,10 +4,12 @@
     python experiments/compare.py --config paper_text --data IMDB.npz --vectors glove.6B.300d.txt --view "noise(onesided, 0.1)"
     python experiments/compare.py --config paper_text --data IMDB.npz --model bert-base --learning-rate 2e-5 \\
         --weights model.safetensors --vocabulary vocab.txt
-    python experiments/compare.py --config paper_text --smoke                               # the same code on digits, seconds
+    python experiments/compare.py --config paper_text --smoke                               # the same code on 64 made-up sentences
 
 For a GPU. The paper flips the first 10 %: noise(symmetric, 0.1, first=true); ours are drawn.
 """
+
+import pathlib
 
 
 def config():
@@ -27,7 +29,10 @@ def config():
         methods="ce, ls, mbls, logpert(weight=0.75), mixpert(eps1=0.1, eps2=0.01)",
         seeds=3,
         smoke=dict(
-            data="digits", view="noise(symmetric, 0.2)", model="mlp", text_length=None, epochs=2, batch_size=32, seeds=1,
-            cost_rounds=2, learning_rate=0.01,
+            data=TINY, view="noise(symmetric, 0.2)", width=4, text_length=8, epochs=2, batch_size=8, seeds=1, cost_rounds=2,
+            learning_rate=0.01,
         ),
     )  # fmt: skip
+
+
+TINY = str(pathlib.Path(__file__).with_name("tiny_texts.csv"))

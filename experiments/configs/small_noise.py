@@ -2,6 +2,8 @@
 
     python experiments/compare.py --config small_noise --data CIFAR10.npz
     python experiments/compare.py --config small_noise --data CIFAR10.npz --view "thin(1000)+shrink(16)+noise(pair, 0.3)"
+    python experiments/compare.py --config small_noise --data CIFAR10.npz \\
+        --view "labels(../shared/data/cifar10n.npz, worse_label)+thin(1000)+shrink(16)"     # people's mistakes: CIFAR-N's worst labels
     python experiments/compare.py --config small_noise --smoke                          # the same code on digits, seconds
 
 A protocol of this project (see small_longtail). The test labels are the true ones.
@@ -20,7 +22,7 @@ def config():
         weight_decay=5e-4,
         warmup_epochs=1.0,
         augment=True,
-        methods="ce, ls, bootstrap, bootstrap(hard), mixup, lpg(split=variance), sam",
+        methods="ce, ls, bootstrap, gce, sce, ols, mbls(margin=5), proselflc, logpert(weight=0.175), mixpert",
         seeds=3,
         smoke=dict(
             data="digits",

@@ -15,9 +15,12 @@ from perturbjax import spec, taxonomy
 from perturbjax.checks import check_number
 from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load
 from perturbjax.data.text import Tokenizer, read_vectors
-from perturbjax.models import bert_fields, create, load_bert, load_resnet, resnet_fields, with_vectors
+from perturbjax.frozen import check_frozen
+from perturbjax.loss.balanced_fine_tuning import balanced_fine_tuning
+from perturbjax.models import TEXT_NAMES, bert_fields, create, load_bert, load_resnet, resnet_fields, with_vectors
 from perturbjax.parameter.swad import is_swad
-from perturbjax.training import Recipe, Schedule, init_state, sample_data, split_methods
+from perturbjax.training import FineTuning, Recipe, Schedule, init_state, sample_data, split_methods
+from perturbjax.training.step import pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Method:
     """The last layer that the links need."""
     abstain: bool = False
     """Whether they need one more output."""
+    fine_tuning: FineTuning | None = None
+    """What they ask of the trainer for the last part."""
 
     def __call__(self, numbers: Any) -> tuple:
         """The perturbations and optax links for these numbers."""
@@ -47,8 +52,19 @@ def parse_methods(text: str, plugins: tuple[str, ...] = ()) -> dict[str, tuple[M
         method = Method(structure, plugins)
         needs = {need for link in split_methods(method(numbers))[0] for need in link.needs}
         head = "cosine" if "cosine" in needs else "linear"
-        found[typed] = (dataclasses.replace(method, head=head, abstain="outputs" in needs), numbers)
+        tuning = fine_tuning(structure, numbers, registry)
+        found[typed] = (dataclasses.replace(method, head=head, abstain="outputs" in needs, fine_tuning=tuning), numbers)
     return found
+
+
+def fine_tuning(structure: tuple, numbers: tuple, registry: Mapping[str, Callable]) -> FineTuning | None:
+    """What balanced_fine_tuning(form=samples) asks of the trainer, if it is among the methods."""
+    value = lambda x: numbers[x.index] if isinstance(x, spec.Slot) else x
+    for call in structure:
+        settings = {name: value(x) for name, x in call.kwargs}
+        if registry[call.name] is balanced_fine_tuning and settings["form"] == "samples":
+            return FineTuning(settings["start"], settings["rate"])
+    return None
 
 
 def load_view(settings: Settings, seed: int) -> Dataset:
@@ -84,7 +100,7 @@ def channel_stats(settings: Settings) -> tuple | None:
 def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tuple | None = None) -> Recipe:
     """The static part of a run. stats: means and deviations of the channels; None: the data set's own."""
     own, initial = pretrained(settings, dataset)
-    own |= branch_options(settings)
+    own |= branch_options(settings) | freezing(settings)
     if dataset.tokenizer is None:
         mean, std = stats or dataset.channel_stats()
         own = {"mean": mean, "std": tuple(s if s > 0 else 1.0 for s in std)} | own  # a constant channel stays constant
@@ -96,6 +112,9 @@ def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tup
         dtype=jnp.bfloat16 if settings.bfloat16 else jnp.float32, remat=settings.remat,
         abstain=settings.abstain or getattr(method, "abstain", False), **own,
     )  # fmt: skip
+    if settings.freeze:
+        example = sample_data(dataset).images
+        check_frozen("--freeze", parameter_shapes(model, example.shape, example.dtype), settings.freeze)
     return Recipe(
         model=model, build=method, num_classes=dataset.num_classes, num_examples=len(dataset.train_labels),
         batch_size=settings.batch_size, epochs=settings.epochs,
@@ -103,6 +122,7 @@ def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tup
         momentum=settings.momentum > 0, nesterov=settings.nesterov, augmentation=augmentation(settings, dataset, own.get("mean")),
         accumulate=settings.accumulate, optimizer=settings.optimizer, initial=initial,
         num_domains=None if dataset.train_domains is None else len(dataset.domain_names),
+        fine_tuning=getattr(method, "fine_tuning", None),
     )  # fmt: skip
 
 
@@ -116,6 +136,23 @@ def branch_options(settings: Settings) -> dict[str, float]:
                 "Write --model resnet20, or leave it out."
             )
     return given
+
+
+def freezing(settings: Settings) -> dict[str, Any]:
+    """The model's fields for what is not trained."""
+    if settings.freeze_batchnorm and settings.model in ("mlp", *TEXT_NAMES):
+        raise ValueError(
+            f"--freeze-batchnorm needs a model with BatchNorm (cnn, resnet…, wrn…, shake26), got {settings.model}. Leave it out."
+        )
+    batchnorm = {"frozen_batchnorm": True} if settings.freeze_batchnorm else {}
+    return batchnorm | ({"frozen": tuple(settings.freeze)} if settings.freeze else {})
+
+
+@functools.cache
+def parameter_shapes(model: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """The parameters of a model for inputs [1, ...] like these, without numbers in them."""
+    init = lambda images: model.init(jax.random.key(0), pixels(images), train=False)["params"]
+    return jax.eval_shape(init, jax.ShapeDtypeStruct(shape, dtype))
 
 
 PRETRAINED = {"vectors": ("bilstm",), "weights": ("bert-base", "resnet50", "resnet101")}
@@ -137,9 +174,8 @@ def pretrained(settings: Settings, dataset: Dataset) -> tuple[dict[str, Any], Ca
     if settings.weights is not None and dataset.tokenizer is None:
         if dataset.image_shape[-1] != 3:
             raise ValueError(f"--weights needs colour images, got {dataset.image_shape[-1]} channels. Leave it out.")
-        return IMAGENET | {"blocks": resnet_fields(settings.weights)["blocks"]}, functools.partial(
-            load_resnet, settings.weights
-        )
+        check_blocks(settings)
+        return IMAGENET, functools.partial(load_resnet, settings.weights)
     if settings.vectors is not None:
         vectors, found = word_vectors(settings.vectors, dataset.tokenizer)
         return {"embedding": vectors.shape[1]}, of_params(functools.partial(with_vectors, vectors=vectors, found=found))
@@ -151,6 +187,18 @@ def pretrained(settings: Settings, dataset: Dataset) -> tuple[dict[str, Any], Ca
             raise ValueError(f"--weights needs --vocabulary, their own vocab.txt of {words} pieces, got {got}.")
         return fields, of_params(functools.partial(load_bert, settings.weights))
     return {}, None
+
+
+def check_blocks(settings: Settings) -> None:
+    """Raises ValueError for a file with the weights of another ResNet than the one that is named."""
+    blocks = {name: create(name, num_classes=2, **IMAGENET).blocks for name in PRETRAINED["weights"] if name != "bert-base"}
+    needed, found = blocks[settings.model], resnet_fields(settings.weights)["blocks"]
+    if found != needed:
+        fitting = [name for name, own in blocks.items() if own == found]
+        way = f"Write --model {fitting[0]}." if fitting else f"Give a {settings.model}'s."
+        raise ValueError(
+            f"--weights needs those of a net with {needed} blocks for --model {settings.model}, got {found} in {settings.weights!r}. {way}"
+        )
 
 
 def of_params(change: Callable) -> Callable:
@@ -197,7 +245,7 @@ def check_runs(settings: Settings, dataset: Dataset, methods: Mapping[str, tuple
     check_number("--momentum", low=0, high=1, momentum=settings.momentum)
     check_number("--weight-decay", low=0, high=1e30, weight_decay=settings.weight_decay)
     check_number("--dropout", low=0, high=0.999, dropout=settings.dropout)
-    check_number("--checkpoint-seconds", low=0, checkpoint_seconds=settings.checkpoint_seconds)
+    check_number("--checkpoint-seconds", low=0, infinite=True, checkpoint_seconds=settings.checkpoint_seconds)
     check_number("--log-every", low=0, log_every=settings.log_every)
     check_number("--warmup-epochs", low=0, high=settings.epochs, warmup_epochs=settings.warmup_epochs)
     for flag, value in (("--width", settings.width), ("--devices", settings.devices)):

@@ -53,6 +53,11 @@ class Settings:
     """A file of word vectors in GloVe's form, for the bilstm to start from."""
     weights: str | None = None
     """A .safetensors file of public weights, for bert-base, resnet50 or resnet101 to start from."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the model that are not trained, by the names of its parameters (stem stage1, stage2/block0, embedding); their BatchNorm keeps
+    its statistics."""
+    freeze_batchnorm: bool = False
+    """Every BatchNorm of the model runs on its running statistics and keeps them; its scales and shifts are trained."""
     bfloat16: bool = False
     """Compute the layers in bfloat16; parameters, logits and losses stay float32."""
     remat: bool = False

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
-from perturbjax.feature.adversarial import pixel_range, require_floats
+from perturbjax.feature.adversarial import check_inputs, pixel_range, require_floats
 from perturbjax.inference.pgd import pgd
 
 
@@ -52,8 +52,13 @@ def ada(
 
     Metrics: distance (½‖z(x^T) − z(x)‖², mean), raised (ℓ(x^T) − ℓ(x), mean), inner_evaluations.
     """
-    check_number("ada", low=0, gamma=gamma, step_size=step_size, bound=bound)
+    check_number("ada", low=0, gamma=gamma, step_size=step_size)
+    check_number("ada", low=0, infinite=True, bound=bound)
     check_number("ada", low=0, num_steps=num_steps)
+
+    def init(context: Context) -> tuple:
+        check_inputs("ada", context, value_range)
+        return ()
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         require_floats("ada", flow.value, site)
@@ -77,4 +82,4 @@ def ada(
         # Two units of work each: T gradients, the clean pass (one unit), and the pass at the end, which trains the network (three).
         return flow, state, metrics | {"inner_evaluations": jnp.float32(num_steps + 2)}
 
-    return Perturbation(site, lambda context: (), apply, search=True, needs=(features,))
+    return Perturbation(site, init, apply, search=True, needs=(features,))

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from perturbjax.activation.lpa_amplification import amplification
 from perturbjax.activation.lpa_rank import check_rank, first_span, rank_at
 from perturbjax.activation.lpa_sites import site_links
 from perturbjax.bound import Bound, LayerScaled, check_bound, layer_scaled, needs, radius
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import AxisName, class_count, class_mean, wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, clean_logits, keep_clean, method
 from perturbjax.inference.pgd import pgd
 from perturbjax.projection import group_norm
 from perturbjax.split import Clean, Split, as_split
@@ -71,15 +72,20 @@ def lpa(
       num_steps: T.
       step_size: κ; None: 2ε_c^(l)/T, per class.
       step: "unit" (default), "raw" (eqs. 10–11) or "sign" steps.
-      split, tau, direction: which classes are raised, as in `lpl`; the accuracy is taken over whole epochs (Algorithm 1).
+      split, tau, direction: which classes are raised, as in `lpl`; the accuracy is taken over whole epochs (Algorithm 1), of the clean
+        pass, in which neither this perturbation nor those of LPA before it in a chain are; LPL and LPG after it take theirs from the
+        same pass. What other methods have done to the samples (adversarial training, mixup) is in it.
       beta: β of the layer scaling γ_l = β^(L−l); 1 switches it off. A `layer_scaled` bound brings its own.
       project: keep δ_c in the ball.
       rank: δ_c in the span of so many singular vectors of the class's gradient (eq. 12): a number k, or a share of the site's
         channels: the paper takes 0.25. None: full rank. It restricts the perturbation; it saves no time.
       every: with several sites: epochs from one comparison of them to the next.
 
-    Metrics: raised, lowered (numbers of classes); expansion_raised, expansion_lowered, the mean of ‖ã_c‖/‖a_c‖ over those in the batch
-    (1: none; raising a loss need not expand); inner_evaluations; with several sites `site`, the number of the chosen one, from 0.
+    Metrics, numbers all (by class: `norm_expansion`): raised, lowered (numbers of classes); expansion_raised, expansion_lowered, the
+    mean of ‖ã_c‖/‖a_c‖ over those in the batch (1: none; raising a loss need not expand); amplification, the mean over the samples of
+    the logits' change over ‖δ‖ at the search's last evaluation, so before its last step (0 with num_steps=1; its bounds:
+    `local_amplification`, `lipschitz_product`); inner_evaluations; with several sites `site`, the number of the chosen one, from 0, and
+    effect_stage1 …, what they were compared by.
     """
     check_bound("lpa", bound)
     check_number("lpa", low=0, step_size=step_size)
@@ -103,10 +109,10 @@ def lpa(
         return split.init(context)
 
     def search(flow: Flow, rest: Rest, state: Any, context: Context, counted: Any):
-        """(delta [B, ...], clean losses [B], state of the split, metrics); `counted`: the state has this batch already."""
+        """(delta [B, ...], clean losses [B] and logits [B, C], state of the split, metrics); `counted`: the state has this batch already."""
 
         def after(end: Flow) -> Any:
-            new = split.update(state, Clean(end.trace["logits"], end.labels, end.targets), context)
+            new = split.update(state, Clean(clean_logits(end, end.trace["logits"]), end.labels, end.targets), context)
             return new if counted is False else jax.tree.map(lambda old, new: jnp.where(counted, old, new), state, new)
 
         def eps(losses, end: Flow):
@@ -129,15 +135,21 @@ def lpa(
             members = (chosen & here).astype(jnp.float32)
             return 1 + jnp.sum(members * (ratio - 1).astype(jnp.float32)) / jnp.maximum(members.sum(), 1)
 
+        before, (moved, end) = search.aux.trace["logits"], search.last
+        if end.labels.shape == moved.shape[:1]:
+            amplified = amplification(before, end.trace["logits"], moved, axis_name=context.axis_name)
+        else:  # a later link makes more samples of these
+            amplified = jnp.zeros([], ratio.dtype)
         metrics = {
             "raised": jnp.sum(signs > 0), "lowered": jnp.sum(signs < 0),
-            "expansion_raised": mean_over(signs > 0), "expansion_lowered": mean_over(signs < 0), "inner_evaluations": jnp.int32(num_steps),
+            "expansion_raised": mean_over(signs > 0), "expansion_lowered": mean_over(signs < 0), "amplification": amplified,
+            "inner_evaluations": jnp.int32(num_steps),
         }  # fmt: skip
-        return delta, search.losses, state, metrics
+        return delta, (search.losses, before), state, metrics
 
     def apply(flow: Flow, rest: Rest, state: Any, context: Context):
-        delta, _, state, metrics = search(flow, rest, state, context, False)
-        return flow._replace(value=flow.value + delta), state, metrics
+        delta, (_, clean), state, metrics = search(flow, rest, state, context, False)
+        return keep_clean(flow, clean)._replace(value=flow.value + delta), state, metrics
 
     needed = needs(bound, split)
     if len(sites) > 1:

@@ -25,18 +25,18 @@ Rank = int | float | None
 def right_vectors(matrix: jax.Array, rank: int) -> jax.Array:
     """The `rank` largest right singular vectors of each matrix [..., P, D]: [..., D, rank]; a zero where a matrix has fewer.
 
-    From the smaller one of the two Gram matrices. Where that is MMᵀ, vectors with σ² below √(machine precision)·σ_1² count as none:
-    they would be rounding alone.
+    From the smaller one of the two Gram matrices. Vectors with σ² below √(machine precision)·σ_1² count as none: of a matrix of lower
+    rank they would be rounding alone.
     """
     largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
     m = matrix / jnp.where(largest > 0, largest, 1)  # its square neither overflows nor vanishes
     across = jnp.swapaxes(m, -2, -1)
-    if matrix.shape[-1] <= matrix.shape[-2]:
-        return jnp.linalg.eigh(_matmul(across, m))[1][..., -rank:]
-    square, left = jnp.linalg.eigh(_matmul(m, across))
-    square, left = square[..., None, -rank:], left[..., -rank:]
+    tall = matrix.shape[-1] <= matrix.shape[-2]
+    square, vectors = jnp.linalg.eigh(_matmul(across, m) if tall else _matmul(m, across))
+    square, vectors = square[..., None, -rank:], vectors[..., -rank:]
     kept = square > jnp.finfo(m.dtype).eps ** 0.5 * square[..., -1:]
-    return jnp.where(kept, _matmul(across, left) / jnp.sqrt(jnp.where(kept, square, 1)), 0)
+    right = vectors if tall else _matmul(across, vectors) / jnp.sqrt(jnp.where(kept, square, 1))
+    return jnp.where(kept, right, 0)
 
 
 def within(gradients: jax.Array, vectors: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from perturbjax.classes import AxisName, class_mean
-from perturbjax.core import Context, Flow, Perturbation, Rest
+from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean
 
 
 class SitesState(NamedTuple):
@@ -37,15 +37,17 @@ def layer_effect(
 
 def comparing(context: Context, every: int) -> jax.Array:
     """Whether the sites are compared at this step: a bool made of the step alone, one for all seeds that are vmapped."""
-    assert context.num_examples is not None and context.batch_size is not None
-    batch_size = context.batch_size * (1 if context.axis_name is None else int(jax.lax.psum(1, context.axis_name)))
-    per_epoch = max(1, context.num_examples // batch_size)
+    per_epoch = context.steps_per_epoch
+    if per_epoch is None:
+        assert context.num_examples is not None and context.batch_size is not None
+        batch_size = context.batch_size * (1 if context.axis_name is None else int(jax.lax.psum(1, context.axis_name)))
+        per_epoch = max(1, context.num_examples // batch_size)
     step = jnp.asarray(context.step, jnp.int32)
     epoch = step // per_epoch
     return (step % per_epoch == 0) & ((epoch == 0) | ((epoch - 1) % every == 0))
 
 
-Search = Callable[[Flow, Rest, Any, Context, Any], tuple[jax.Array, jax.Array, Any, dict[str, jax.Array]]]
+Search = Callable[[Flow, Rest, Any, Context, Any], tuple[jax.Array, tuple[jax.Array, jax.Array], Any, dict[str, jax.Array]]]
 
 
 def site_links(
@@ -62,14 +64,14 @@ def site_links(
       sites: candidates; as long as nothing tells them apart, the first one is used.
       every: E, in epochs.
       init_split: of the split.
-      search: (flow, rest, split state, context, whether that state has this batch already) -> (delta, clean losses [B], split state
-        with this batch, metrics).
+      search: (flow, rest, split state, context, whether that state has this batch already) -> (delta, (losses [B], logits [B, C]) of
+        the clean pass, split state with this batch, metrics).
       check: context at a site -> raises ValueError if the search can't act there.
       needs: of the links.
     """
 
     def init(context: Context) -> SitesState:
-        if context.num_examples is None:
+        if context.num_examples is None and context.steps_per_epoch is None:
             raise ValueError(
                 "lpa needs num_examples to know when an epoch begins, got none. "
                 "Write objective(..., num_examples=N), or give one site: site='last_stage'."
@@ -87,7 +89,7 @@ def site_links(
             counted, metrics = flow.extra.get(seen, (jnp.zeros([], bool), None))
 
             def searched():
-                delta, losses, split, found = search(flow, rest, state.split, context, counted)
+                delta, (losses, logits), split, found = search(flow, rest, state.split, context, counted)
 
                 def compare():
                     after = jax.lax.stop_gradient(rest(flow.value + delta))
@@ -95,18 +97,20 @@ def site_links(
                     return layer_effect(losses, after, *groups, axis_name=context.axis_name).astype(jnp.float32)
 
                 effect = jax.lax.cond(due, compare, lambda: state.effects[number])
-                return jnp.where(due, jnp.zeros_like(delta), delta), split, effect, found
+                return jnp.where(due, jnp.zeros_like(delta), delta), split, effect, found, logits
 
             like = jax.eval_shape(searched)
             zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-            idle = lambda: (zeros(like[0]), state.split, state.effects[number], zeros(like[3]))
-            delta, split, effect, found = jax.lax.cond(active, searched, idle)
+            idle = lambda: (zeros(like[0]), state.split, state.effects[number], zeros(like[3]), zeros(like[4]))
+            delta, split, effect, found, logits = jax.lax.cond(active, searched, idle)
             evaluations = found.pop("inner_evaluations")
             metrics = found if metrics is None else jax.tree.map(lambda a, b: jnp.where(active, a, b), found, metrics)
             state = SitesState(split, state.effects.at[number].set(effect))
+            flow = keep_clean(flow, logits, searched=active)
             flow = flow._replace(value=flow.value + delta, extra={**flow.extra, seen: (counted | active, metrics)})
             chosen = jnp.argmax(state.effects).astype(jnp.int32)
-            return flow, state, {**metrics, "site": chosen, "inner_evaluations": evaluations}
+            effects = {f"effect_{name}": state.effects[i] for i, name in enumerate(sites)}
+            return flow, state, {**metrics, **effects, "site": chosen, "inner_evaluations": evaluations}
 
         return Perturbation(site, init, apply, search=True, needs=needs, shared=True)
 

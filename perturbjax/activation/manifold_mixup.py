@@ -41,7 +41,7 @@ def softmax_binary_cross_entropy(log_p: jax.Array, targets: jax.Array) -> jax.Ar
 def manifold_mixup(
     *, alpha: ArrayLike = 2.0, sites: tuple[str, ...] = ("input", "stage1", "stage2"), loss: Literal["ce", "binary"] = "ce"
 ) -> tuple[Perturbation, ...]:
-    """Manifold mixup with λ ~ Beta(alpha, alpha) at one of `sites`, drawn for each batch.
+    """Manifold mixup with λ ~ Beta(α, α), α = `alpha`, at one of `sites`, drawn for each batch.
 
     loss: "ce", or "binary" as in the authors' code: it replaces the cross entropy, so it comes before the other links of the loss.
     Per-device code mixes within each device's batch, as in `mixup`.

@@ -57,7 +57,9 @@ def activation_variation(
       site: any of the model's, or "last_stage".
       model, params, stats: as for `pj.objective`; BatchNorm is in training mode.
       states: of the perturbations; None: initial ones (a split by accuracy then leaves all classes alone).
-      class_counts, num_examples: as for `pj.objective`. key, step, progress, epoch: as for its call.
+      class_counts, num_examples: as for `pj.objective`. key, step, progress, epoch: as for its call. At the first step of an epoch,
+        step 0 too, an LPA with several sites compares them and perturbs none: for what it does, give states in which they have been
+        compared and a later step.
 
     Raises:
       ValueError: a method that changes the number of samples (two views).

@@ -114,7 +114,7 @@ def universal_delta(
     """
     images, labels = _checked("universal_delta", images, labels, norm, bound=bound, step_size=step_size)
     check_number("universal_delta", low=1, epochs=epochs, num_groups=num_groups)
-    check_number("universal_delta", low=0, open_low=True, clip_loss=clip_loss)
+    check_number("universal_delta", low=0, open_low=True, infinite=True, clip_loss=clip_loss)
     groups = np.zeros(len(labels), np.int32) if groups is None else np.asarray(groups, np.int32)
     check_labels("universal_delta", groups, num_groups)
     net, size = _net(logits_of), _sizes(bound, step_size)

@@ -88,7 +88,7 @@ def dynamics(*, weight: float = 0.175, probabilities: bool = True) -> Perturbati
         }
         return flow, state._replace(**added), {}
 
-    return Perturbation("logits", init, apply, name="dynamics")
+    return Perturbation("logits", init, apply, needs=("index",), name="dynamics")
 
 
 def mean_dynamics(state: Dynamics) -> dict[str, Any]:

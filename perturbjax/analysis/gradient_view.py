@@ -69,7 +69,9 @@ def gradient_perturbation(
       methods: a perturbation, an optax link, or a sequence of both in their order.
       model, params, stats: as for `pj.objective`; BatchNorm is in training mode, by the whole batch's statistics.
       states: of the perturbations; None: initial ones (a split by accuracy then leaves all classes alone).
-      class_counts, num_examples: as for `pj.objective`. key, step, progress, epoch: as for its call.
+      class_counts, num_examples: as for `pj.objective`. key, step, progress, epoch: as for its call. At the first step of an epoch,
+        step 0 too, an LPA with several sites compares them and perturbs none: for what it does, give states in which they have been
+        compared and a later step.
 
     >>> import perturbjax as pj
     >>> x, y = jnp.eye(3), jnp.arange(3)
@@ -184,6 +186,8 @@ def gradient_variations(
     """What a method does to the classes' gradients over a data set, at fixed parameters.
 
     The perturbations' statistics (accuracy by class) are gathered in a first pass over the data, an epoch in which nothing is learnt.
+    The second pass is looked at, each batch at its own step: an LPA with several sites compares them on the first one, which it leaves
+    alone.
     inputs: floats, as the model takes them. batches: at most so many are looked at; None: all full ones of an epoch.
     """
     look = functools.partial(gradient_perturbation, methods, model, params)
@@ -220,12 +224,12 @@ def over_batches(
     key = jax.random.key(seed)
 
     @jax.jit
-    def settle(states, data, key):
-        return made(params, states, data, key=key, stats=stats)[1].states
+    def settle(states, data, key, step):
+        return made(params, states, data, key=key, stats=stats, step=step)[1].states
 
     @jax.jit
-    def view(states, data, key):
-        place = dict(key=key, stats=stats, step=len(orders[0]), progress=0.5, epoch=1)
+    def view(states, data, key, step):
+        place = dict(key=key, stats=stats, step=step, progress=0.5, epoch=1)
         found = look(data, states=states, **settings, **place)
         lengths = (found.norm, found.norm * found.relative, found.norm * (1 + found.gain))
         return made(params, states, data, **place)[1].states, (found.present, *lengths)
@@ -233,10 +237,10 @@ def over_batches(
     states = made.init(params, jnp.asarray(inputs[:1]).repeat(len(orders[0][0]), axis=0), stats=stats)
     if links:
         for number, rows in enumerate(orders[0]):
-            states = settle(states, batch(rows), jax.random.fold_in(key, number))
+            states = settle(states, batch(rows), jax.random.fold_in(key, number), jnp.int32(number))
     seen = []
-    for number, rows in enumerate(orders[1][:batches]):
-        states, found = view(states, batch(rows), jax.random.fold_in(key, len(orders[0]) + number))
+    for step, rows in enumerate(orders[1][:batches], start=len(orders[0])):
+        states, found = view(states, batch(rows), jax.random.fold_in(key, step), jnp.int32(step))
         seen.append(jax.device_get(found))
     present, *lengths = (np.array(column, np.float64).sum(0) for column in zip(*seen, strict=True))
     norm, moved, after = (length / np.where(present > 0, present, np.nan) for length in lengths)  # absent classes add zeros

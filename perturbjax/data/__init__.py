@@ -1,7 +1,7 @@
 """Data: names to arrays (`load`), seeded views of them (`VIEWS`), batches, and augmentation on the device."""
 
 from perturbjax.data.augment import Augmentation, augment
-from perturbjax.data.batches import epoch_order, evaluation_batches
+from perturbjax.data.batches import balanced_order, epoch_order, evaluation_batches
 from perturbjax.data.dataset import Dataset, check
 from perturbjax.data.duplicates import check_duplicates
 from perturbjax.data.sources import SOURCES, load
@@ -32,6 +32,7 @@ __all__ = [
     "View",
     "apply_views",
     "augment",
+    "balanced_order",
     "build_words",
     "check",
     "check_duplicates",

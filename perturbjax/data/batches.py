@@ -5,6 +5,8 @@ Everything is a function of its arguments: a run that is resumed at epoch 7 sees
 
 import numpy as np
 
+_BALANCED = 0x62616C  # beside seed and epoch: another stream than that of the plain order
+
 
 def epoch_order(num_examples: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """[steps, batch_size] int32: the positions of the samples of each batch in this epoch.
@@ -27,6 +29,29 @@ def epoch_order(num_examples: int, batch_size: int, seed: int, epoch: int) -> np
     steps = num_examples // batch_size
     order = np.random.default_rng([seed, epoch]).permutation(num_examples)
     return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
+
+
+def balanced_order(labels: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """[steps, batch_size] int32: as `epoch_order`, but every class occurs equally often in the epoch, to one sample.
+
+    labels: [N] integers. An epoch has as many steps as one of all samples, and a class's samples occur equally often in it, to one time.
+    Classes without samples are left out.
+
+    >>> labels = np.array([0, 0, 0, 0, 0, 0, 1, 1])
+    >>> print(np.bincount(labels[balanced_order(labels, 4, seed=0, epoch=0)].reshape(-1)))
+    [4 4]
+    """
+    shape = epoch_order(len(labels), batch_size, seed, epoch).shape
+    rng = np.random.default_rng([seed, epoch, _BALANCED])
+    members = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    total = shape[0] * shape[1]
+    extra = rng.permutation(len(members)) < total % len(members)  # classes that get one more
+    chosen = []
+    for own, more in zip(members, extra, strict=True):
+        count = total // len(members) + int(more)
+        rounds, rest = divmod(count, len(own))
+        chosen += [np.tile(own, rounds), rng.permutation(own)[:rest]]
+    return rng.permutation(np.concatenate(chosen)).reshape(shape).astype(np.int32)
 
 
 def evaluation_batches(num_examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -141,7 +141,7 @@ def persistent_link(
     """
     check_ball(function, norm=norm, step=step, site=site, value_range=value_range, bound=bound, step_size=step_size)
     check_number(function, low=1, num_steps=num_steps)
-    check_number(function, low=0, open_low=True, clip_loss=clip_loss)
+    check_number(function, low=0, open_low=True, infinite=True, clip_loss=clip_loss)
     check_choice(function, "update", update, ("after", "before"))
 
     def init(context: Context) -> PersistentDelta:
@@ -150,6 +150,7 @@ def persistent_link(
 
     def apply(flow: Flow, rest: Rest, state: PersistentDelta, context: Context):
         require_floats(function, flow.value, site)
+        require_shape(function, flow.value, state.delta, site)
         groups, span = groups_of(flow, context), pixel_range(value_range, context)
         now = persistent_start(state, context.key, random_starts=random_starts, bound=bound, norm=norm)
         after = group_ascent(
@@ -207,8 +208,10 @@ def check_ball(
 
 
 def site_shape(function: str, context: Context, *, norm: str, value_range: Range, **sizes: ArrayLike) -> tuple[int, ...]:
-    """Shape of one sample at the link's site; at the input, bounds longer than any way between two images are errors."""
+    """Shape of one sample at the link's site; at the input, bounds longer than any way between two images are errors, and images that
+    are not in the range."""
     assert context.site_shapes is not None and context.site is not None
+    check_inputs(function, context, value_range)
     shape = tuple(context.site_shapes[context.site][1:])
     if context.site == "input" and value_range is not None and not is_traced((value_range, sizes)):
         entries = float(np.prod(shape))
@@ -218,12 +221,42 @@ def site_shape(function: str, context: Context, *, norm: str, value_range: Range
     return shape
 
 
+def check_inputs(function: str, context: Context, value_range: Range) -> None:
+    """Raises ValueError, at init, for pixels in other units than those of the range that perturbed ones are clipped to. What can't be
+    judged there passes: shapes without numbers, and whole numbers."""
+    inputs, span = context.inputs, pixel_range(value_range, context)
+    if inputs is None or span is None or is_traced(span) or not jnp.issubdtype(inputs.dtype, jnp.floating) or not inputs.size:
+        return
+    (low, high), numbers = span, np.asarray(inputs, np.float64)
+    least, most = numbers.min(), numbers.max()
+    slack = 1e-3 * (high - low)  # resizing leaves a little
+    if least < low - slack or most > high + slack:
+        raise ValueError(
+            f"{function} needs inputs in value_range, [{low:g}, {high:g}], got {least:g} to {most:g}: they would be clipped. "
+            "Write images / 255 for grey levels, value_range=None for inputs that are no pixels."
+        )
+    if high - low >= 100 and 0 < most <= 1:
+        raise ValueError(
+            f"{function} needs inputs in the units of value_range, [{low:g}, {high:g}], got none above {most:g}. "
+            f"Write value_range=(0.0, 1.0), with bounds and step sizes divided by {high - low:g}."
+        )
+
+
 def require_floats(function: str, value: jax.Array, site: str) -> None:
     """Raises ValueError for whole numbers (words, uint8 images), which can't be moved a little."""
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(
             f"{function} needs floating values at the site {site!r}, got {value.dtype}. Write images / 255 for pixels; for words, "
             "cut the model at their embedding with pj.line and name that site."
+        )
+
+
+def require_shape(function: str, value: jax.Array, delta: jax.Array, site: str) -> None:
+    """Raises ValueError for values [B, ...] of another size than the deltas [G, ...], which are made for that of the first batch."""
+    if value.shape[1:] != delta.shape[1:]:
+        raise ValueError(
+            f"{function} needs values of one size at the site {site!r}, {delta.shape[1:]} as at init, got {value.shape[1:]}: its delta "
+            "outlives the batch. Resize them, or write states = objective.init(variables, inputs) for these, which starts a new delta."
         )
 
 

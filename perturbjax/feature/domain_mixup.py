@@ -43,7 +43,7 @@ def ring_partners(key: jax.Array, domains: jax.Array, *, num_domains: int) -> ja
     cite="Wang et al., ICASSP 2020", off=None,
 )  # fmt: skip
 def domain_mixup(*, alpha: ArrayLike = 0.2, site: str = "input") -> Perturbation:
-    """Mixup between domains with λ ~ Beta(alpha, alpha) per domain, at the input or at one named site.
+    """Mixup between domains with λ ~ Beta(α, α), α = `alpha`, per domain, at the input or at another `site`.
 
     Needs the domain of each sample, side["domain"]. Per-device code mixes within each device's batch.
     """

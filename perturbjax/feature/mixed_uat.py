@@ -21,6 +21,7 @@ from perturbjax.feature.adversarial import (
     pixel_range,
     random_start,
     require_floats,
+    require_shape,
     shifted,
     site_shape,
 )
@@ -69,13 +70,14 @@ def mixed_uat(
         universal_step_size=universal_step_size,
     )  # fmt: skip
     check_number("mixed_uat", low=1, num_steps=num_steps, universal_steps=universal_steps)
-    check_number("mixed_uat", low=0, open_low=True, clip_loss=clip_loss)
+    check_number("mixed_uat", low=0, open_low=True, infinite=True, clip_loss=clip_loss)
 
     def init(context: Context) -> PersistentDelta:
         return persistent_init(1, site_shape("mixed_uat", context, norm=norm, value_range=value_range, **sizes))
 
     def apply(flow: Flow, rest: Rest, state: PersistentDelta, context: Context):
         require_floats("mixed_uat", flow.value, site)
+        require_shape("mixed_uat", flow.value, state.delta, site)
         count, span = flow.labels.shape[0], pixel_range(value_range, context)
         everyone = jnp.zeros([count], jnp.int32)
         base = shifted(flow.value, state.delta, everyone, value_range=span)

@@ -49,7 +49,7 @@ def mix_side(side: Mapping[str, jax.Array], weight: ArrayLike, partner: jax.Arra
     cite="Zhang et al., ICLR 2018", off=None,
 )  # fmt: skip
 def mixup(*, alpha: ArrayLike = 1.0, site: str = "input") -> Perturbation:
-    """Mixup with λ ~ Beta(alpha, alpha), at the input or at one named site. Per-device code mixes within each device's batch."""
+    """Mixup with λ ~ Beta(α, α), α = `alpha`, at the input or at another `site`. Per-device code mixes within each device's batch."""
     check_number("mixup", low=0, open_low=True, alpha=alpha)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
-from perturbjax.feature.adversarial import Range, pixel_range, require_floats
+from perturbjax.feature.adversarial import Range, check_inputs, pixel_range, require_floats
 from perturbjax.inference.pgd import UNROLLED
 from perturbjax.inference.proximal import REGULARISERS, Regulariser, proximal_step
 
@@ -93,6 +93,10 @@ def regpert(
     check_number("regpert", low=1, num_steps=num_steps)
     check_choice("regpert", "norm", norm, REGULARISERS)
 
+    def init(context: Context) -> tuple:
+        check_inputs("regpert", context, value_range)
+        return ()
+
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         require_floats("regpert", flow.value, site)
         delta = regularised_delta(
@@ -101,4 +105,4 @@ def regpert(
         )  # fmt: skip
         return flow._replace(value=flow.value + delta), state, {"inner_evaluations": jnp.int32(num_steps)}
 
-    return Perturbation(site, lambda context: (), apply, search=True)
+    return Perturbation(site, init, apply, search=True)

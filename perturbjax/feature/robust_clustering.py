@@ -85,7 +85,7 @@ def robust_clustering(
 
     Metrics: pulled, the share of the batch.
     """
-    check_number("robust_clustering", low=0, weight=weight)
+    check_number("robust_clustering", low=0, infinite=True, weight=weight)
     check_number("robust_clustering", low=0, high=1, quantile=quantile, decay=decay)
 
     def init(context: Context) -> RobustClusteringState:

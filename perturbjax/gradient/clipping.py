@@ -19,5 +19,5 @@ from perturbjax.core import method
 )  # fmt: skip
 def gradient_clipping(*, bound: ArrayLike = 1.0) -> optax.GradientTransformation:
     """An optax link: the gradient's global l2 norm is at most `bound` (τ); inf leaves it alone."""
-    check_number("gradient_clipping", low=0, open_low=True, bound=bound)
+    check_number("gradient_clipping", low=0, open_low=True, infinite=True, bound=bound)
     return optax.clip_by_global_norm(bound)

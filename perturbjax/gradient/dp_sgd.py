@@ -55,7 +55,7 @@ def dp_sgd(
     `update` takes `grad_fn=` (parameters, weights=[B] -> the gradient of the weighted mean loss), `labels=`, whose length is B, `key=`,
     and in per-device code `axis_name=`. It replaces the gradient that it is given: put it first.
     """
-    check_number("dp_sgd", low=0, open_low=True, bound=bound)
+    check_number("dp_sgd", low=0, open_low=True, infinite=True, bound=bound)
     check_number("dp_sgd", low=0, noise_multiplier=noise_multiplier)
     check_number("dp_sgd", low=1, chunk=chunk)
 

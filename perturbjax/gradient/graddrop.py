@@ -76,7 +76,7 @@ def graddrop(
     """An optax link. Costs G + 1 more gradients a step (they share the forward pass), for G groups.
 
     Args:
-      groups: "classes", "domains", or k: so many groups of neighbouring classes.
+      groups: "classes", "domains", or k: so many groups of classes with neighbouring indices.
       leak: share of the dropped gradients that passes after all, in [0, 1]; 1 is plain training.
       chunk: so many gradients at a time, for memory; None: all.
 

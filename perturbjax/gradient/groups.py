@@ -16,7 +16,7 @@ from perturbjax.classes import AxisName, wide
 from perturbjax.parameter.ascent import require
 
 Groups = Literal["classes", "domains"] | int
-"""Whose gradients are compared: classes, domains, or that many groups of neighbouring classes."""
+"""Whose gradients are compared: classes, domains, or that many groups of classes with neighbouring indices."""
 
 
 def check_groups(name: str, groups: Groups) -> None:

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.bound import Bound, check_bound, needs, radius
-from perturbjax.checks import check_choice, check_logits_labels, check_number
+from perturbjax.checks import check_choice, check_number, check_samples
 from perturbjax.classes import AxisName, class_count, wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, clean_logits, method
 from perturbjax.gradient.lpg_generalization import lpg_bound_term
 from perturbjax.gradient.lpg_groups import Granularity, lpg_groups
-from perturbjax.gradient.lpg_pgd import STEPS, Step, lpg_full_delta, lpg_head_delta
+from perturbjax.gradient.lpg_pgd import STEPS, Step, full_search, head_search
 from perturbjax.projection import group_norm, unit
 from perturbjax.split import Clean, Split, as_split
 
@@ -43,7 +43,7 @@ def lpg_delta(
 
     Args:
       logit_gradients: h [B, C] per example (softmax(u) − y for cross entropy), before any division by the batch size.
-      labels: [B] integers in 0..C-1; others (padding) get zeros.
+      labels: [B] integers in 0..C-1; others (padding) get zeros in jit.
       direction: s_c, +1 amplifies, −1 dampens, 0 leaves alone; a number or [C].
       bound: ε_c, in units of the gradient's l2 norm; a number or [C]. Both may be traced.
       form: one shift per class, or a factor of each sample's own gradient.
@@ -56,8 +56,26 @@ def lpg_delta(
     [[-0.071  0.071]
      [-0.071  0.071]]
     """
-    check_logits_labels("lpg_delta", logit_gradients, labels)
+    check_samples("lpg_delta", logit_gradients, labels, what="logit gradients")
     check_choice("lpg_delta", "form", form, ("shift", "scale"))
+    return _closed(
+        logit_gradients, labels, direction=direction, bound=bound, form=form, clamp=clamp, granularity=granularity,
+        axis_name=axis_name,
+    )  # fmt: skip
+
+
+def _closed(
+    logit_gradients: jax.Array,
+    labels: jax.Array,
+    *,
+    direction: ArrayLike,
+    bound: ArrayLike,
+    form: Literal["shift", "scale"],
+    clamp: bool,
+    granularity: Granularity,
+    axis_name: AxisName,
+) -> jax.Array:
+    """`lpg_delta` without its checks: in training, what isn't finite has to reach the loss, and padding to stay out of it."""
     h = wide(jax.lax.stop_gradient(logit_gradients))
     num_classes = h.shape[-1]
     groups = lpg_groups(labels, num_classes, granularity, axis_name=axis_name)
@@ -94,11 +112,13 @@ def lpg(
     """LPG: amplifies the gradients of badly learnt (or rare) classes, dampens those of the others.
 
     Args:
-      bound: ε_c in units of ‖h‖₂ (at most √2): a number, [C], `varied()`, or a schedule of the step (a curriculum).
+      bound: ε_c in units of ‖h‖₂ (at most √2): a number, [C], `varied()`, or a curriculum: a schedule of the step, or over the run
+        `linear(first=0.1, last=0)`, `cosine(...)`.
       form, clamp: see `lpg_delta`; with "pgd", clamp is that of `lpg_head_delta`.
       split, tau, direction: which classes are amplified. By name: "accuracy" (running top-1 accuracy below τ), "frequency"
         (N_c < τ, the median), "variance" (noisy classes are dampened), each over whole epochs (Algorithm 1); for another
-        statistic give a Split, such as by_accuracy(update="step").
+        statistic give a Split, such as by_accuracy(update="step"). After LPA or LPL the logits are those of their clean pass; after
+        methods that search at the input (adversarial training) those of the perturbed samples.
       inference: "closed", along h̄_c; or "pgd", eqs. 16–17.
       jacobian: whose parameters count for "pgd": those of the last linear layer ("head": matrix products only; its bias counts, unless
         the model's `head` gives b = None), or of the whole network ("full": exact, with room for C gradients, for small nets).
@@ -130,15 +150,16 @@ def lpg(
     def find(flow: Flow, context: Context, **place: Any) -> jax.Array:
         place |= dict(clamp=clamp, granularity=granularity, axis_name=context.axis_name)
         if inference == "closed":
-            return lpg_delta(flow.value, flow.labels, form=form, **place)
+            return _closed(flow.value, flow.labels, form=form, **place)
         place |= dict(num_steps=num_steps, step_size=step_size, step=step)
         if jacobian == "full":
-            return lpg_full_delta(flow.value, flow.labels, context.pullback(), **place)
+            return full_search(flow.value, flow.labels, context.pullback(), **place)
         bias = context.head()[1] is not None
-        return lpg_head_delta(flow.value, flow.trace["features"], flow.labels, bias=bias, **place)
+        return head_search(flow.value, flow.trace["features"], flow.labels, bias=bias, **place)
 
     def apply(flow: Flow, rest: Rest, state: Any, context: Context):
-        state = split.update(state, Clean(flow.trace["logits"], flow.labels, flow.targets), context)
+        clean = Clean(clean_logits(flow, flow.trace["logits"]), flow.labels, flow.targets)
+        state = split.update(state, clean, context)
         signs = split.direction(state, context)
         eps = radius(bound, default=DEFAULT_BOUND, split=split, state=state, context=context)
         delta = find(flow, context, direction=signs, bound=eps)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_choice, check_logits_labels
+from perturbjax.checks import check_choice, check_samples
 from perturbjax.classes import AxisName, wide
 from perturbjax.gradient.lpg_groups import Granularity, lpg_groups
 from perturbjax.projection import group_norm, unit
@@ -50,7 +50,7 @@ def lpg_head_delta(
     Args:
       logit_gradients: h [B, C] per example, before any division by the batch size.
       features: a [B, d], what the last layer takes.
-      labels: [B] integers in 0..C-1; others (padding) get zeros.
+      labels: [B] integers in 0..C-1; others (padding) get zeros in jit.
       direction: s_c, +1 raises the norm, −1 lowers it, 0 leaves it alone; a number or [C].
       bound: ε_c, radius of the ball, in units of ‖h‖₂; a number or [C]. num_steps: T, a loop that is unrolled.
       step_size: κ, a number or [C]; None: 2ε_c/T. These three may be traced.
@@ -62,29 +62,43 @@ def lpg_head_delta(
       axis_name: mapped axis to take class means over.
 
     Raises:
-      ValueError: shapes that don't fit.
+      ValueError: shapes that don't fit; other labels or numbers that aren't finite (outside jit).
 
     >>> h, a, y = jnp.array([[-0.6, 0.4, 0.2], [-0.3, 0.3, 0.0]]), jnp.ones([2, 4]), jnp.array([0, 0])
     >>> print(lpg_head_delta(h, a, y, direction=1.0, bound=0.3).round(3))
     [[-0.173  0.173  0.173]
      [-0.173  0.173  0.173]]
     """
-    check_logits_labels("lpg_head_delta", logit_gradients, labels)
+    check_samples("lpg_head_delta", logit_gradients, labels, what="logit gradients")
     if features.ndim != 2 or features.shape[0] != labels.shape[0]:
         raise ValueError(
             f"lpg_head_delta needs features [B, d] and labels [B], got {features.shape} and {labels.shape}. "
             "Pass what the last linear layer takes: features.reshape(B, -1)."
         )
+    return head_search(
+        logit_gradients, features, labels, bias=bias, granularity=granularity, axis_name=axis_name, direction=direction, bound=bound,
+        num_steps=num_steps, step_size=step_size, step=step, clamp=clamp,
+    )  # fmt: skip
+
+
+def head_search(
+    logit_gradients: jax.Array,
+    features: jax.Array,
+    labels: jax.Array,
+    *,
+    bias: bool,
+    granularity: Granularity,
+    axis_name: AxisName,
+    **steps: Any,
+) -> jax.Array:
+    """`lpg_head_delta` without its checks; steps: its other settings."""
     h, a = (wide(jax.lax.stop_gradient(x)) for x in (logit_gradients, features))
     a = a.astype(h.dtype)
     groups = lpg_groups(labels, h.shape[-1], granularity, axis_name=axis_name)
     mean, one = groups.mean(a), jnp.asarray(bias, h.dtype)
     slope = groups.mean(h * (jnp.sum(a * groups.spread(mean), axis=-1) + one)[:, None])
     steepness = jnp.sum(mean**2, axis=-1) + one
-    return _search(
-        slope, lambda d: steepness[:, None] * d, groups, direction=direction, bound=bound, num_steps=num_steps,
-        step_size=step_size, step=step, clamp=clamp,
-    )  # fmt: skip
+    return _search(slope, lambda d: steepness[:, None] * d, groups, **steps)
 
 
 def lpg_full_delta(
@@ -112,7 +126,23 @@ def lpg_full_delta(
         A constant factor (1/B) changes nothing. In per-device code, of this device's samples.
       The others: see `lpg_head_delta`.
     """
-    check_logits_labels("lpg_full_delta", logit_gradients, labels)
+    check_samples("lpg_full_delta", logit_gradients, labels, what="logit gradients")
+    return full_search(
+        logit_gradients, labels, pullback, granularity=granularity, axis_name=axis_name, direction=direction, bound=bound,
+        num_steps=num_steps, step_size=step_size, step=step, clamp=clamp,
+    )  # fmt: skip
+
+
+def full_search(
+    logit_gradients: jax.Array,
+    labels: jax.Array,
+    pullback: Callable[[jax.Array], Any],
+    *,
+    granularity: Granularity,
+    axis_name: AxisName,
+    **steps: Any,
+) -> jax.Array:
+    """`lpg_full_delta` without its checks; steps: its other settings."""
     given = jax.lax.stop_gradient(logit_gradients)
     h = wide(given)
     groups = lpg_groups(labels, h.shape[-1], granularity, axis_name=axis_name)
@@ -132,10 +162,7 @@ def lpg_full_delta(
         return groups.total(each(weights, d))
 
     slope = groups.total(jax.vmap(lambda weight: there_and_back(weight, h))(weights))
-    return _search(
-        slope, bend, groups, direction=direction, bound=bound, num_steps=num_steps, step_size=step_size,
-        step=step, clamp=clamp,
-    )  # fmt: skip
+    return _search(slope, bend, groups, **steps)
 
 
 def _search(slope, bend, groups, *, direction, bound, num_steps, step_size, step, clamp):

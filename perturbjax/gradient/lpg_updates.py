@@ -14,10 +14,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_number
+from perturbjax.checks import check_labels, check_number
 from perturbjax.classes import AxisName, wide
 from perturbjax.core import Context, Flow, Rest
 from perturbjax.gradient.lpg import lpg
+from perturbjax.parameter.timing import Course
 
 
 def lpg_updates(
@@ -36,7 +37,7 @@ def lpg_updates(
       logits: [B, C], what the split's statistics are taken of; None: recovered from h, as if the loss were plain cross entropy.
       targets: [B, C], what the loss compares with; None: one-hot labels.
       features: [B, d], for inference="pgd" with jacobian="head".
-      epoch: for splits that keep statistics. step: for a bound that is a schedule.
+      epoch: for splits that keep statistics. step: for a bound that is a schedule; progress: for `linear(...)` and `cosine(...)`.
 
     The state is the split's.
 
@@ -69,7 +70,7 @@ def lpg_updates(
 
     def update(
         updates, state, params=None, *, labels=None, pullback=None, logits=None, targets=None, features=None, step=None,
-        epoch=None, **extra_args,
+        progress=None, epoch=None, **extra_args,
     ):  # fmt: skip
         del extra_args  # meant for other links of the chain
         _check_given("labels", labels, "labels=labels, pullback=pullback")
@@ -80,6 +81,8 @@ def lpg_updates(
             _check_given("features", features, 'features=features, [B, d], or build it with jacobian="full"')
         if callable(settings.get("bound")):
             _check_given("step", step, "step=the number of updates so far, which the bound is a schedule of")
+        if isinstance(settings.get("bound"), Course):
+            _check_given("progress", progress, "progress=step / total_steps, which the bound follows")
         if jax.tree.leaves(state):
             _check_given("epoch", epoch, "epoch=the number of this epoch (0 throughout, if the split goes by steps)")
         grads = lambda v: _parameters(pullback(v.astype(h.dtype)), params)
@@ -92,7 +95,8 @@ def lpg_updates(
             penalty=None, stats=None,
         )  # fmt: skip
         now = context._replace(
-            step=0 if step is None else step, epoch=0 if epoch is None else epoch, pullback=lambda: grads,
+            step=0 if step is None else step, progress=0.0 if progress is None else progress,
+            epoch=0 if epoch is None else epoch, pullback=lambda: grads,
             head=lambda: (None, jnp.zeros([num_classes]) if bias else None),
         )  # fmt: skip
         flow, state, _ = link.apply(flow, _NO_REST, state, now)
@@ -124,6 +128,7 @@ def _checked(h: Any, labels: jax.Array, num_classes: int) -> jax.Array:
         )
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"lpg_updates needs integer labels, got {labels.dtype}. Cast them: labels.astype(jnp.int32).")
+    check_labels("lpg_updates", labels, num_classes)
     return jnp.asarray(h)
 
 

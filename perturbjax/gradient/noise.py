@@ -28,7 +28,7 @@ class GradientNoiseState(NamedTuple):
     cite="Neelakantan et al., 2015", off=dict(eta=0.0), alias="noise",
 )  # fmt: skip
 def gradient_noise(*, eta: ArrayLike = 0.01, gamma: ArrayLike = 0.55) -> optax.GradientTransformationExtraArgs:
-    """An optax link that adds noise of variance eta/(1 + t)^gamma; the paper tries eta of 0.01, 0.3 and 1.
+    """An optax link that adds noise of variance η/(1 + t)^γ with η = `eta` (the paper tries 0.01, 0.3 and 1) and γ = `gamma`.
 
     `update` takes `key=`, a new one each step.
     """

@@ -87,7 +87,8 @@ def pcgrad(
     """An optax link. Costs G + 1 more gradients a step (they share the forward pass), for G groups.
 
     Args:
-      groups: "classes", "domains", or k: so many groups of neighbouring classes (in the order of frequency: head, medium, tail).
+      groups: "classes", "domains", or k: so many groups of classes with neighbouring indices, class c in group ⌊c·k/C⌋: with
+        `longtail(...)`, whose classes are in the order of frequency, 3 are head, medium and tail.
       reduction: "sum" is the paper's; "mean" divides by the number of groups with a gradient, as code in use does: the step then
         shrinks by that factor, also where nothing conflicts.
       chunk: so many gradients at a time, for memory; None: all.

@@ -30,6 +30,7 @@ class Search(NamedTuple):
     losses: jax.Array  # [B], of step 0
     aux: Any  # of step 0: what `loss_of` returned beside the losses (None without has_aux)
     delta: jax.Array  # [G, ...], the groups' deltas at the end, to start from next time (UAT)
+    last: Any = None  # (delta [B, ...], aux) of the last evaluation, that of the last step (None without has_aux)
 
 
 def pgd(
@@ -152,15 +153,20 @@ def pgd(
         projected = keep(project(moved, radius, norm))
         return jnp.where(per_group(k < count, delta), projected, delta)
 
+    last, seen = delta, aux
     if limit > 0:
         delta = advance(delta, mean, 0)
     if limit <= UNROLLED:
-        for k in range(1, limit):
-            delta = advance(delta, slope(delta)[1], k)
+        unrolled = range(1, limit)
     else:
+        unrolled = range(limit - has_aux, limit)  # the last step has something to hand out
         body = lambda delta, k: (advance(delta, slope(delta)[1], k), None)
-        delta, _ = jax.lax.scan(body, delta, jnp.arange(1, limit, dtype=dtype))
-    return move(delta).astype(value.dtype), Search(losses, aux, delta)
+        delta, _ = jax.lax.scan(body, delta, jnp.arange(1, unrolled.start, dtype=dtype))
+    for k in unrolled:
+        last, ((_, seen), mean) = delta, slope(delta)
+        delta = advance(delta, mean, k)
+    found = (jax.lax.stop_gradient(move(last)), seen) if has_aux else None
+    return move(delta).astype(value.dtype), Search(losses, aux, delta, found)
 
 
 def _static_limit(num_steps: Any, max_steps: int | None) -> int:

@@ -78,4 +78,4 @@ def bootstrapping(
             )
         return flow._replace(value=bootstrapped_targets(flow.value, log_p, weight=weight, kind=kind)), state, {}
 
-    return Perturbation("label", init, apply)
+    return Perturbation("label", init, apply, needs=("index",) if previous else ())

@@ -4,8 +4,9 @@ r"""D2L: watches the dimensionality of the features; once it grows, the net begi
     turning point: after `warm_up` + `window` epochs, LID_e > mean + 2 std of the `window` epochs before
     from then on:  α_e y + (1 − α_e) onehot(argmax p),   α_e = exp(−(e/E) · LID_e/min_{e' ≤ e} LID_e')
 
-The mean is over all training batches of the epoch, whose features are at hand; the authors run ten more batches of 128 after it, and at
-the turning point go back to the weights of the epoch before, which a link of the loss can't (load that checkpoint to do so).
+The mean is over all training batches of the epoch, whose features are at hand; the authors run ten more batches of 128 after it. At the
+turning point they may also go back to the weights of the epoch before. That is not built: a link of the loss changes no weights, and the
+net goes on from the epoch in which its features grew.
 Source: Ma et al., "Dimensionality-Driven Learning with Noisy Labels", ICML 2018.
 """
 
@@ -87,7 +88,8 @@ def d2l(
     Metrics: lid, the batch's mean; label_share, α.
     """
     check_number("d2l", low=1, num_neighbours=num_neighbours, window=window)
-    check_number("d2l", low=0, warm_up=warm_up, tolerance=tolerance)
+    check_number("d2l", low=0, warm_up=warm_up)
+    check_number("d2l", low=0, infinite=True, tolerance=tolerance)
 
     def init(context: Context) -> D2LState:
         zero = jnp.float32(0)

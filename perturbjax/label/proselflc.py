@@ -47,7 +47,7 @@ def proselflc(*, sharpness: ArrayLike = 6.0, turning: ArrayLike = 0.3, through: 
     Metrics: trust, the mean ε.
     """
     check_number("proselflc", low=0, open_low=True, sharpness=sharpness)
-    check_number("proselflc", low=0, turning=turning)
+    check_number("proselflc", low=0, infinite=True, turning=turning)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         log_p = flow.trace["prediction"] if through else jax.lax.stop_gradient(flow.trace["prediction"])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_choice, check_logits_labels, check_number
+from perturbjax.checks import check_choice, check_number, check_samples
 from perturbjax.classes import wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale
@@ -35,8 +35,12 @@ def arcface_shift(true_logits: jax.Array, *, margin: ArrayLike = 0.5, scale: Arr
 
 
 def arcface_delta(logits: jax.Array, labels: jax.Array, *, margin: ArrayLike = 0.5, scale: ArrayLike) -> jax.Array:
-    """The shift of the logits: [B, C], of s·cos θ [B, C] and labels [B] (others than 0..C-1, padding, get zeros)."""
-    check_logits_labels("arcface_delta", logits, labels)
+    """The shift of the logits: [B, C], of s·cos θ [B, C] and labels [B] in 0..C-1 (others, padding, get zeros in jit)."""
+    check_samples("arcface_delta", logits, labels)
+    return _delta(logits, labels, margin, scale)
+
+
+def _delta(logits: jax.Array, labels: jax.Array, margin: ArrayLike, scale: ArrayLike) -> jax.Array:
     u = wide(logits)
     own = jnp.take_along_axis(u, labels[:, None], axis=1, mode="clip")[:, 0]
     return at_true_class(arcface_shift(own, margin=margin, scale=scale), labels, u.shape[-1])
@@ -70,7 +74,7 @@ def arcface(*, margin: ArrayLike = 0.5, scale: ArrayLike | Literal["norm"] | Non
             shift = at_true_class(arcface_shift(along, margin=margin, scale=size), flow.labels, context.num_classes)
         else:
             s = head_scale(scale, context)
-            shift = arcface_delta(flow.value, flow.labels, margin=margin, scale=s)
+            shift = _delta(flow.value, flow.labels, margin, s)
         return flow._replace(value=flow.value + shift), state, {}
 
     needs = ("features", "head") if isinstance(scale, str) else head_needs(scale)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_number
+from perturbjax.checks import check_classes, check_labels, check_number
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 from perturbjax.logit.cosine import DEFAULT_SCALE, at_true_class, head_needs, head_scale
 
@@ -17,13 +17,19 @@ from perturbjax.logit.cosine import DEFAULT_SCALE, at_true_class, head_needs, he
 def cosface_delta(
     labels: jax.Array, num_classes: int, *, margin: ArrayLike = 0.35, scale: ArrayLike = DEFAULT_SCALE
 ) -> jax.Array:
-    """−s·m at the true class, 0 elsewhere: [B, C], from labels [B].
+    """−s·m at the true class, 0 elsewhere: [B, C], from labels [B] in 0..C-1 (others, padding, get zeros in jit).
 
     >>> print(cosface_delta(jnp.array([1, 0]), 2, margin=0.5, scale=10.0))
     [[ 0. -5.]
      [-5.  0.]]
     """
-    return at_true_class(-jnp.asarray(scale, float) * jnp.asarray(margin, float), labels, num_classes)
+    check_classes("cosface_delta", num_classes)
+    check_labels("cosface_delta", labels, num_classes)
+    return at_true_class(_amount(margin, scale), labels, num_classes)
+
+
+def _amount(margin: ArrayLike, scale: ArrayLike) -> jax.Array:
+    return -jnp.asarray(scale, float) * jnp.asarray(margin, float)
 
 
 @method(
@@ -41,8 +47,8 @@ def cosface(*, margin: ArrayLike = 0.35, scale: ArrayLike | None = None) -> Pert
     check_number("cosface", low=0, open_low=True, scale=scale)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        s = head_scale(scale, context)
-        shift = cosface_delta(flow.labels, context.num_classes, margin=margin, scale=s)
+        amount = _amount(margin, head_scale(scale, context))
+        shift = at_true_class(amount, flow.labels, context.num_classes)
         return flow._replace(value=flow.value + shift.astype(flow.value.dtype)), state, {}
 
     return Perturbation("logits", lambda context: (), apply, needs=head_needs(scale))

@@ -75,8 +75,8 @@ def ldam(
       scale: s. None: that of the model, which must have a cosine head, as the authors' has. A number takes the logits as they are:
         1 with a linear head is MetaSAug's variant.
       drw: multiplies the losses by class-balanced weights from `start` (share of training) on, with `beta`.
-      average: the weighted losses are divided by the sum of the batch's weights (the code, torch's weighted mean), or by B ("batch"),
-        which under a long tail makes the loss several times smaller from `start` on.
+      average: the weighted losses are divided by the sum of the batch's class weights (the code, torch's weighted mean), or by B
+        ("batch"), which under a long tail makes the loss several times smaller from `start` on. Weights of samples don't enter it.
     """
     check_number("ldam", low=0, margin=margin)
     check_number("ldam", low=0, open_low=True, scale=scale)
@@ -91,12 +91,15 @@ def ldam(
 
     def reweighted(weights: jax.Array, labels: jax.Array, context: Context) -> jax.Array:
         by_class = deferred_weights(context.class_counts, progress=context.progress, start=start, beta=beta)
-        after = weights * of_labels(by_class, labels).astype(weights.dtype)
+        own = of_labels(by_class, labels).astype(weights.dtype)
+        after = weights * own
         if average == "batch":
             return after
+        # By the batch's class weights alone: with the sample weights in the sum, the class weights would cancel where a link asks for
+        # the gradient of one class's samples (PCGrad), and the classes' parts of the loss would not add up to it.
         total = lambda x: x.sum() if context.axis_name is None else jax.lax.psum(x.sum(), context.axis_name)
-        sums = total(after)
-        return after * (total(weights) / jnp.where(sums > 0, sums, 1))
+        sums, members = total(own), total((own > 0).astype(own.dtype))
+        return after * (members / jnp.where(sums > 0, sums, 1))
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         margins = ldam_margins(context.class_counts, margin=margin).astype(flow.value.dtype)

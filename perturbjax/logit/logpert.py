@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_choice, check_finite, check_index, check_logits_labels, check_number
+from perturbjax.checks import check_choice, check_number, check_samples
 from perturbjax.classes import at_least_float32, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 from perturbjax.inference.proximal import CROSS_ENTROPY_STEP, REGULARISERS, Regulariser, proximal_search, proximal_step
@@ -31,18 +31,17 @@ def logpert_delta(logits: jax.Array, labels: jax.Array, *, weight: ArrayLike, no
 
     Args:
       logits: [B, C], any float type (computed in at least float32).
-      labels: [B] integers in 0..C-1; others (padding) get zeros.
+      labels: [B] integers in 0..C-1; others (padding) get zeros in jit.
       weight: λ > 0.
       norm: "l1" in closed form, "l2" (squared) by proximal steps until they stop moving.
 
     Raises:
-      ValueError: λ ≤ 0, shapes that don't fit, logits with nan or infinity (where they can be seen: outside jit).
+      ValueError: λ ≤ 0, shapes that don't fit; where they can be seen (outside jit) other labels, nan and infinity.
 
     >>> print(logpert_delta(jnp.array([[3.0, 0.8, 0.2]]), jnp.array([1]), weight=0.35).round(2))
     [[0.   2.88 0.  ]]
     """
-    check_logits_labels("logpert_delta", logits, labels)
-    check_finite("logpert_delta", logits)
+    check_samples("logpert_delta", logits, labels)
     check_number("logpert_delta", low=0, open_low=True, weight=weight)
     check_choice("logpert_delta", "norm", norm, REGULARISERS)
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=at_least_float32(logits.dtype))
@@ -156,7 +155,6 @@ def logpert(
         size = jnp.sum(jnp.abs(delta), axis=-1)
         if memory:
             seen = jnp.ones(size.shape, jnp.int32)
-            check_index("logpert", flow.index, state.visits.shape[0])
             state = state._replace(
                 size=add(state.size, flow.index, size, axis_name=context.axis_name),
                 visits=add(state.visits, flow.index, seen, axis_name=context.axis_name),
@@ -189,4 +187,5 @@ def logpert(
             now = jnp.where(jnp.asarray(context.progress) >= milestone, now / 10, now)
         return delta, state._replace(delta=state.delta - now * momentum, momentum=momentum)
 
-    return Perturbation("logits", init, apply, search=inference != "exact")
+    tables = memory or inference != "exact"
+    return Perturbation("logits", init, apply, search=inference != "exact", needs=("index",) if tables else ())

@@ -17,9 +17,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.bound import Bound, check_bound, largest, needs, needs_accuracy, radius
-from perturbjax.checks import check_choice, check_logits_labels, check_number, is_traced
+from perturbjax.checks import check_choice, check_number, check_samples, is_traced
 from perturbjax.classes import AxisName, at_least_float32, class_mean, wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, clean_logits, keep_clean, method
 from perturbjax.inference.pgd import UNROLLED, pgd
 from perturbjax.logit.lpl_steps import HeadTailSteps, ProportionalSteps, Steps, class_steps, largest_steps, steps_need
 from perturbjax.projection import group_norm, project, unit
@@ -46,7 +46,7 @@ def lpl_delta(
 
     Args:
       logits: [B, C], any float type (computed in at least float32).
-      labels: [B] integers in 0..C-1; others (padding) get zeros.
+      labels: [B] integers in 0..C-1; others (padding) get zeros in jit.
       direction: s_c, +1 raises the loss of class c, −1 lowers it; a number or [C].
       bound: ε_c in units of step_size·steps; a number or [C]. step_size: α, a number or [C]. All three may be traced.
       normalize: of the class means before the step, see `lpl`.
@@ -54,19 +54,16 @@ def lpl_delta(
       axis_name: mapped axis to take class means over; None: this is the whole batch.
 
     Raises:
-      ValueError: shapes that don't fit, logits that aren't finite (outside a trace), a loop length that can't be known, or a
-        max_steps too small for bound and step_size.
+      ValueError: shapes that don't fit, other labels or logits that aren't finite (outside a trace), a loop length that can't be
+        known, or a max_steps too small for bound and step_size.
 
     >>> u, y = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([0, 1])
     >>> print(lpl_delta(u, y, direction=jnp.array([1.0, -1.0]), bound=0.2, step_size=0.1).round(3))
     [[-0.024  0.024]
      [-0.053  0.053]]
     """
-    check_logits_labels("lpl_delta", logits, labels)
+    check_samples("lpl_delta", logits, labels)
     check_choice("lpl_delta", "normalize", normalize, NORMALIZE)
-    if not is_traced(logits) and not (finite := np.isfinite(np.asarray(logits, np.float32)).all(axis=1)).all():
-        row = int(np.argmin(finite))
-        raise ValueError(f"lpl_delta needs finite logits, got {logits[row]} in row {row}. Lower the learning rate.")
     logits = wide(logits)
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return _search(
@@ -209,12 +206,13 @@ def lpl(
     """LPL at the logits: raises the losses of badly learnt (or rare) classes, lowers those of the others.
 
     Args:
-      bound: ε_c: a number, [C], `varied()`, `varied_by_frequency()`, or a schedule of the step. The paper searches 0.1…0.5 with
-        step_size 0.01…0.03 on balanced data, and 1.5…5 with 0.1…0.3 on long-tailed data.
+      bound: ε_c: a number, [C], `varied()`, `varied_by_frequency()`, a schedule of the step, or over the run `linear()`, `cosine()`.
+        The paper searches 0.1…0.5 with step_size 0.01…0.03 on balanced data, and 1.5…5 with 0.1…0.3 on long-tailed data.
       step_size: α, a number or [C].
       split: which classes are raised: "accuracy" (q̄_c ≤ τ, running mean over steps), "frequency" (rank > τ·C), or a Split, such as
         by_accuracy(update="epoch"). q̄_c comes from the logits as they reach this link: adjusted ones in
-        chain(logit_adjustment(), lpl()), plain ones in chain(lpl(), logit_adjustment()).
+        chain(logit_adjustment(), lpl()), plain ones in chain(lpl(), logit_adjustment()). After an LPA it comes from that one's clean
+        pass, adjusted in either order; after methods that search at the input (adversarial training) from the perturbed samples.
       tau: threshold of a split given by name.
       direction: overrides the split: +1, −1 or [C].
       project: also keep each class's delta in the l2 ball of radius ε_c.
@@ -245,7 +243,7 @@ def lpl(
 
     def apply(flow: Flow, rest: Rest, state: Any, context: Context):
         clean, before = lambda u: Clean(u, flow.labels, flow.targets), state
-        state = split.update(state, clean(flow.value), context)
+        state = split.update(state, clean(clean_logits(flow, flow.value)), context)
         signs = split.direction(state, context)
         eps = radius(bound, default=DEFAULT_BOUND, split=split, state=state, context=context, site=context.site)
         steps = lpl_steps(eps, step_size)
@@ -258,7 +256,12 @@ def lpl(
             bound=eps if project else jnp.inf, normalize=normalize, max_steps=max_steps, axis_name=context.axis_name,
             twice=twice, through=gradient == "through",
         )  # fmt: skip
+        if num_steps is None or project:  # a bound that is nan allows no step, and would go on unseen
+            broken = jnp.isnan(eps).at[flow.labels].get(mode="fill", fill_value=False, wrap_negative_indices=False)
+            delta = jnp.where(broken[:, None], jnp.nan, delta)
         metrics = {"raised": jnp.sum(signs > 0), "lowered": jnp.sum(signs < 0), "inner_evaluations": jnp.int32(max_steps)}
+        end = rest.flow(jax.lax.stop_gradient(flow.value))[1]  # for statistics of later links; unused, the compiler drops it
+        flow = keep_clean(flow, end.trace["logits"])
         return flow._replace(value=flow.value + delta), state, metrics
 
     needed = tuple(dict.fromkeys(needs(bound, split) + steps_need(num_steps)))

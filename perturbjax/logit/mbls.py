@@ -30,7 +30,8 @@ def margin_excess(logits: jax.Array, *, margin: ArrayLike = 10.0) -> jax.Array:
 )  # fmt: skip
 def mbls(*, weight: ArrayLike = 0.1, margin: ArrayLike = 10.0) -> Perturbation:
     """Margin-based label smoothing: adds λ = `weight` times how far the logits lie more than `margin` below the largest one."""
-    check_number("mbls", low=0, weight=weight, margin=margin)
+    check_number("mbls", low=0, weight=weight)
+    check_number("mbls", low=0, infinite=True, margin=margin)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         excess = margin_excess(flow.value, margin=margin)

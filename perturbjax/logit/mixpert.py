@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_choice, check_finite, check_logits_labels, check_number, is_traced
+from perturbjax.checks import check_choice, check_number, check_samples, is_traced
 from perturbjax.classes import AxisName, at_least_float32, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method, per_sample_keys
+from perturbjax.feature.adversarial import check_ball, check_inputs, pixel_range
 from perturbjax.inference.pgd import pgd
 from perturbjax.projection import per_group
 from perturbjax.split import by_loss_top
@@ -43,8 +44,7 @@ def mixpert_delta(
     >>> print(mixpert_delta(jnp.array([[0.0, 0.0]]), jnp.array([1]), bound=2.0))
     [[-1.  1.]]
     """
-    check_logits_labels("mixpert_delta", logits, labels)
-    check_finite("mixpert_delta", logits)
+    check_samples("mixpert_delta", logits, labels)
     check_number("mixpert_delta", low=0, bound=bound)
     check_choice("mixpert_delta", "form", form, FORMS)
     u = wide(jax.lax.stop_gradient(logits))
@@ -143,14 +143,15 @@ def mixpert(
 
     Metrics: hard, the share of hard samples; threshold, τ; inner_evaluations, gradients of the inputs per sample of the batch.
     """
-    check_number("mixpert", low=0, eps1=eps1, eps2=eps2, tau=tau, step_size=step_size)
+    check_number("mixpert", low=0, eps1=eps1)
+    check_number("mixpert", low=0, open_low=adaptive, infinite=True, tau=tau)
     check_number("mixpert", low=0, high=100, pro=pro)
     check_number("mixpert", low=0, high=1, clean_weight=clean_weight)
     check_number("mixpert", low=1, num_steps=num_steps)
-    check_number("mixpert", low=0, open_low=True, units=units, tau=tau if adaptive else None)
+    check_number("mixpert", low=0, open_low=True, units=units)
     check_choice("mixpert", "form", form, FORMS)
-    if value_range is not None and site == "input" and units is None and not is_traced(value_range):
-        check_number("mixpert", high=value_range[1] - value_range[0], eps2=eps2)
+    span = value_range if units is None else None
+    check_ball("mixpert", norm="linf", site=site, value_range=span, eps2=eps2, step_size=step_size)
     fixed = _resolve(dict(eps2=eps2, clean_weight=clean_weight, pro=pro, tau=tau, passes=passes, most=most))
     passes, most = fixed["passes"], fixed["most"]
     rate = eps2 / 4 if step_size is None else step_size
@@ -166,6 +167,10 @@ def mixpert(
     def lift(hard: jax.Array, ratio: jax.Array) -> jax.Array:
         return jnp.where(hard, jnp.asarray(eps1, ratio.dtype) * ratio, 0)
 
+    def init(context: Context) -> tuple:
+        check_inputs("mixpert", context, span)
+        return ()
+
     def at_inputs(flow: Flow, rest: Rest, state: tuple, context: Context):
         x, count = flow.value, flow.labels.shape[0]
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -176,8 +181,7 @@ def mixpert(
         unit = None if units is None else jnp.asarray(units, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         to_input = (lambda z: z) if unit is None else (lambda z: z * unit)
         z = x if unit is None else x / unit
-        span = value_range if context.site == "input" and unit is None else None
-        search = dict(step="sign", norm="linf", value_range=span)
+        search = dict(step="sign", norm="linf", value_range=pixel_range(span, context))
         dtype = at_least_float32(x.dtype)
         scaled = lambda a, factor: jnp.asarray(a, dtype) * factor
 
@@ -241,4 +245,4 @@ def mixpert(
     logits = Perturbation("logits", lambda context: (), at_logits)
     if not passes:
         return logits
-    return Perturbation(site, lambda context: (), at_inputs, search=True), logits
+    return Perturbation(site, init, at_inputs, search=True), logits

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_logits_labels, check_number
+from perturbjax.checks import check_number, check_samples
 from perturbjax.classes import AxisName, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 
@@ -30,7 +30,11 @@ def self_paced_logit_delta(
     [[-5.  5.]
      [ 0.  0.]]
     """
-    check_logits_labels("self_paced_logit_delta", logits, labels)
+    check_samples("self_paced_logit_delta", logits, labels)
+    return _lift(logits, labels, tau, scale, axis_name)
+
+
+def _lift(logits: jax.Array, labels: jax.Array, tau: ArrayLike, scale: ArrayLike, axis_name: AxisName) -> jax.Array:
     u = wide(jax.lax.stop_gradient(logits))
     own = jax.nn.one_hot(labels, u.shape[-1], dtype=u.dtype)
     losses = -jnp.sum(own * jax.nn.log_softmax(u), axis=-1)
@@ -54,14 +58,14 @@ def self_paced_logit(*, tau: ArrayLike = 1.5, growth: ArrayLike = 1.0, scale: Ar
 
     Metrics: taken_in, the share of samples with l < τ; threshold, τ.
     """
-    check_number("self_paced_logit", low=0, tau=tau)
+    check_number("self_paced_logit", low=0, infinite=True, tau=tau)
     check_number("self_paced_logit", low=0, open_low=True, growth=growth)
     check_number("self_paced_logit", low=2, open_low=True, scale=scale)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         pace = 1 + jnp.asarray(growth, jnp.float32) * jnp.asarray(context.progress, jnp.float32)
         threshold = jnp.asarray(tau, jnp.float32) * jnp.log(float(context.num_classes)) * pace
-        delta = self_paced_logit_delta(flow.value, flow.labels, tau=threshold, scale=scale, axis_name=context.axis_name)
+        delta = _lift(flow.value, flow.labels, threshold, scale, context.axis_name)
         left = jnp.mean((delta == 0).all(axis=-1).astype(jnp.float32))
         return flow._replace(value=flow.value + delta), state, {"taken_in": left, "threshold": threshold}
 

@@ -116,7 +116,7 @@ def dsl(
     Args:
       weight: α of the suggested label. start: share of training after which it counts (our choice; the paper counts epochs).
       num_samples: features kept of each class; their similarities, num_samples² numbers a class, are computed once an epoch. The paper
-        takes up to 1280.
+        takes up to 1280, sixteen times the work: dsl(num_samples=1280).
       num_prototypes: L. cut, alike: see `choose_prototypes`.
 
     Metrics: corrected, the share of samples whose suggested label is another one than theirs.

@@ -39,7 +39,8 @@ def gce(*, q: ArrayLike = 0.7, truncate: ArrayLike = 0.0, start: ArrayLike = 1 /
 
     Args:
       q: 0 is cross entropy, 1 the mean absolute error.
-      truncate: k: samples with p_y ≤ k have no gradient; 0: none are dropped. The paper takes 0.5.
+      truncate: k: samples with p_y ≤ k have no gradient; 0: none are dropped, the paper's L_q. Its truncated loss is gce(truncate=0.5):
+        not the default, since it prunes by what the net says at `start`, which has to fit the run.
       start: share of training after which the truncation acts: at first every p_y is small. The official code's 40 of 120 epochs.
         It prunes by the predictions of a stored net, every tenth epoch; here the present one decides, at every step.
 

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import AxisName
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.parameter.timing import Course, Place, at, check_setting, not_negative
 
 
 def self_paced_losses(losses: jax.Array, threshold: ArrayLike, *, kind: Literal["hard", "linear"] = "hard") -> jax.Array:
@@ -52,26 +53,29 @@ def self_paced(
     start: ArrayLike = 0.5,
     ramp: ArrayLike = 0.5,
     kind: Literal["hard", "linear"] = "hard",
-    tau: ArrayLike | Callable[[ArrayLike], ArrayLike] | None = None,
+    tau: ArrayLike | Course | Callable[[ArrayLike], ArrayLike] | None = None,
 ) -> Perturbation:
     """Self-paced learning: starts with the samples of small loss and lets in the harder ones as training goes on.
 
     Args:
       start: share of each batch that counts at the beginning. ramp: share of training after which all of it does.
       kind: "hard" (in or out) or "linear" (smaller losses weigh more).
-      tau: λ_t itself, a number or a schedule of the step, instead of a share of the batch.
+      tau: λ_t itself, a number, a schedule of the step, `linear(...)` or `cosine(...)`, instead of a share of the batch. A schedule that
+        turns negative gives nan.
 
     Metrics: kept, the share of samples below the threshold.
     """
     check_number("self_paced", low=0, high=1, open_low=True, start=start)
     check_number("self_paced", low=0, high=1, ramp=ramp)
     check_choice("self_paced", "kind", kind, ("hard", "linear"))
-    if not callable(tau):
-        check_number("self_paced", low=0, open_low=True, tau=tau)
+    if isinstance(tau, Course) or callable(tau):
+        check_setting("self_paced", rate=False, tau=tau)
+    else:
+        check_number("self_paced", low=0, open_low=True, infinite=True, tau=tau)
 
     def threshold(losses: jax.Array, context: Context) -> jax.Array:
         if tau is not None:
-            return jnp.asarray(tau(context.step) if callable(tau) else tau, losses.dtype)
+            return not_negative(at(tau, Place(context.step, context.progress, value=None, rate=None))).astype(losses.dtype)
         first, share = jnp.asarray(start, jnp.float32), jnp.asarray(ramp, jnp.float32)
         done = jnp.minimum(jnp.asarray(context.progress, jnp.float32) / jnp.where(share > 0, share, 1), 1)
         level = jnp.where(share > 0, first + (1 - first) * done, 1)

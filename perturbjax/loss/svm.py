@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_number
+from perturbjax.checks import check_classes, check_number
 from perturbjax.classes import wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 
@@ -22,6 +22,7 @@ def margins(logits: jax.Array) -> jax.Array:
     >>> print(margins(jnp.array([[3.0, 1.0, -1.0]])))
     [[ 2. -2. -4.]]
     """
+    check_classes("margins", logits.shape[-1])
     top, place = jax.lax.top_k(logits, 2)
     is_first = jnp.arange(logits.shape[-1], dtype=place.dtype)[None] == place[:, :1]
     others = jnp.where(is_first, top[:, 1:], top[:, :1])
@@ -49,9 +50,10 @@ def svm(*, weight: ArrayLike = 1.0, decay: ArrayLike | None = None) -> Perturbat
 
     Args:
       weight: λ > 0; from 1 on there is no slack, below it every hinge counts λ times.
-      decay: γ of γ ½‖W‖², for the last layer's weights; None: none beside the optimiser's.
+      decay: γ of γ ½‖W‖², for the last layer's weights; eq. 18 is 1/N, svm(decay=0.001) for 1,000 training samples. None: none beside
+        the optimiser's, which is such a term for all layers (the usual 5e-4 is 1/N for N = 2,000).
     """
-    check_number("svm", low=0, open_low=True, weight=weight)
+    check_number("svm", low=0, open_low=True, infinite=True, weight=weight)
     check_number("svm", low=0, decay=decay)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):

@@ -25,6 +25,7 @@
 | resnet101 | same | 42 520 650 |
 
 resnet8 to 110, se_resnet* and wrn* take `stochastic_depth=0.5` or `shakedrop=0.5`, the rate of the last block; shake26 takes `shake=False`.
+All take `frozen=("stem", "stage1")`, the parts that are not trained; those with BatchNorm `frozen_batchnorm=True`.
 
 Models of texts take tokens [B, L]; perturbations of the input act at their site `embedding`:
 

@@ -157,11 +157,13 @@ def load_bert(file: str | pathlib.Path, params: Mapping[str, Any]) -> dict[str, 
     """The parameters of a `Bert` with the weights of a .safetensors file (or of model.safetensors in a folder) in their places.
 
     The file may hold more: heads for other tasks are left out. Its own classifier is taken if it has the model's shape; otherwise
-    the head stays as it is in `params`. ValueError if a weight is missing or has another shape.
+    the head stays as it is in `params`. ValueError if a weight is missing or has another shape, or if its embeddings or its encoder
+    hold one that a BERT has not (adapters, relative positions).
     """
-    weights = _weights(file)
+    weights, taken = _weights(file), set[str]()
 
     def take(name: str, like: jax.Array, turned: bool = False) -> jax.Array:
+        taken.add(name)
         found = np.asarray(weights[_required(weights, name, file)])
         found = found.T if turned else found
         if name.endswith("position_embeddings.weight") and len(found) > len(like):
@@ -198,6 +200,13 @@ def load_bert(file: str | pathlib.Path, params: Mapping[str, Any]) -> dict[str, 
     head, classifier = params["logits"], weights.get("classifier.weight")
     if classifier is not None and "bias" in head and classifier.shape == head["kernel"].shape[::-1]:
         out["logits"] = dense("classifier", head)
+    buffers = ("embeddings.position_ids", "embeddings.token_type_ids")  # of no net: 0, 1, 2, ...
+    inside = lambda name: name.startswith(("embeddings.", "encoder.")) and name not in buffers
+    if left := sorted(name for name in weights if name not in taken and inside(name)):
+        raise ValueError(
+            f"load_bert needs the weights of a plain BERT, got {', '.join(left[:3])}{', ...' if len(left) > 3 else ''} too "
+            f"({len(left)} arrays without a place) in {str(file)!r}. Give bert-base-uncased's model.safetensors, or another BERT's."
+        )
     return out
 
 

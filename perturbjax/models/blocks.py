@@ -8,11 +8,15 @@ import flax.linen as nn
 import jax
 from jax import lax
 
+from perturbjax.frozen import covered
 from perturbjax.models.conv import conv_general_dilated
 from perturbjax.models.net import Net, at_least_float32
 from perturbjax.models.shake import Branch, Scaled
 
 CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {"canonical": conv_general_dilated, "lax": lax.conv_general_dilated}
+
+MOMENTUM = 0.9
+"""Of BatchNorm's running statistics: what a step leaves of them."""
 
 
 class Ops(NamedTuple):
@@ -24,6 +28,8 @@ class Ops(NamedTuple):
     dtype: Any
     train: bool
     branch: Branch = Branch()
+    frozen: tuple[str, ...] = ()  # prefixes of modules whose BatchNorm runs on its running statistics, in training too
+    frozen_batchnorm: bool = False  # every BatchNorm does
 
     def conv(self, name: str, x: jax.Array, features: int, stride: int = 1, size: int = 3) -> jax.Array:
         # The padding is written out: "SAME" would pad (0, 1) at stride 2, half a pixel off the shortcut x[:, ::2, ::2].
@@ -33,8 +39,9 @@ class Ops(NamedTuple):
 
     def norm(self, name: str, x: jax.Array) -> jax.Array:
         wide = at_least_float32(self.dtype)
-        norm = nn.BatchNorm(not self.train, momentum=0.9, epsilon=1e-5, dtype=wide, name=name)
-        return norm(x.astype(wide)).astype(self.dtype)  # as flax does it, but without implicit promotion
+        norm = nn.BatchNorm(momentum=MOMENTUM, epsilon=1e-5, dtype=wide, name=name)
+        running = not self.train or self.frozen_batchnorm or covered("/".join(norm.path), self.frozen)
+        return norm(x.astype(wide), running).astype(self.dtype)  # as flax does it, but without implicit promotion
 
     def drop(self, name: str, x: jax.Array) -> jax.Array:
         return nn.Dropout(self.dropout, deterministic=not self.train, name=name)(x)
@@ -50,11 +57,15 @@ class ConvNet(Net, kw_only=True):
     remat: keep only what goes from block to block for the backward pass, and compute the inside of each block once more there: less
     memory, up to a third more work, the same numbers to rounding and the same variables. On a CPU, XLA takes the two computations
     for one and saves nothing, unless it compiles under KEEP_REMAT.
+
+    frozen_batchnorm: every BatchNorm runs on its running statistics and leaves them as they are, in training as at evaluation; scales and
+    shifts are trained unless they are `frozen`.
     """
 
     width: int = 16
     conv: str = "canonical"
     remat: bool = False
+    frozen_batchnorm: bool = False
 
     fan = "fan_in"  # of He's initialisation
 
@@ -67,7 +78,8 @@ class ConvNet(Net, kw_only=True):
 
     def ops(self, train: bool) -> Ops:
         he = nn.initializers.variance_scaling(2.0, self.fan, "normal")
-        return Ops(CONVOLUTIONS[self.conv], he, self.dropout, self.dtype, train)
+        frozen = dict(frozen=self.frozen, frozen_batchnorm=self.frozen_batchnorm)
+        return Ops(CONVOLUTIONS[self.conv], he, self.dropout, self.dtype, train, **frozen)
 
     def block(self, kind: type[nn.Module]) -> type[nn.Module]:
         """This kind of block, recomputed in the backward pass if `remat`. Blocks are named where they are made: names stay."""

@@ -96,7 +96,8 @@ def load_resnet(file: str | pathlib.Path, variables: Mapping[str, Any]) -> dict[
     the pixels' normalisation that they were trained with, usually mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225).
 
     Raises:
-      ValueError: weights of another kind of net, one that is missing or has another shape, another number of blocks.
+      ValueError: weights of another kind of net, one that is missing or has another shape, another number of blocks, or one that
+        this net has no place for (those of an SE-ResNet).
     """
     weights, params, stats = _weights(file, "load_resnet"), variables["params"], variables["batch_stats"]
     ours = tuple(len(params[site]) for site in sorted(params) if site.startswith("stage"))
@@ -104,8 +105,10 @@ def load_resnet(file: str | pathlib.Path, variables: Mapping[str, Any]) -> dict[
         raise ValueError(
             f"load_resnet needs weights with {ours} blocks, got {blocks} in {str(file)!r}. Create the model with blocks={blocks}."
         )
+    taken: set[str] = set()
 
     def take(name: str, like: jax.Array) -> jax.Array:
+        taken.add(name)
         found = np.asarray(weights[_required(weights, name, file, "load_resnet")])
         found = found.transpose(2, 3, 1, 0) if found.ndim == 4 else found.T
         if found.shape != like.shape:
@@ -139,6 +142,12 @@ def load_resnet(file: str | pathlib.Path, variables: Mapping[str, Any]) -> dict[
     head, classifier = params["logits"], weights.get("fc.weight")
     if classifier is not None and "bias" in head and classifier.shape == head["kernel"].shape[::-1]:
         out["logits"] = {"kernel": take("fc.weight", head["kernel"]), "bias": take("fc.bias", head["bias"])}
+    unused = lambda name: name.startswith("fc.") or name.endswith(".num_batches_tracked")
+    if left := sorted(name for name in weights if name not in taken and not unused(name)):
+        raise ValueError(
+            f"load_resnet needs the weights of a plain ResNet, got {', '.join(left[:3])}{', ...' if len(left) > 3 else ''} too "
+            f"({len(left)} arrays without a place) in {str(file)!r}. Give those of a resnet50, 101 or 152."
+        )
     return {**variables, "params": out, "batch_stats": out_stats}
 
 

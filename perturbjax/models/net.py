@@ -3,7 +3,8 @@
     input ─► (stem) ─► stage1 ─► … ─► stageN ─► features ─► logits
 
 A site names a value of the forward pass; the module that leads to it has the same name, so that `params["stage2"]` holds what lies
-between `stage1` and `stage2`. Every slice of the line runs alone, and slice after slice is the whole pass (bit for bit on a CPU).
+between `stage1` and `stage2`. Every slice of the line runs alone, and slice after slice is the whole pass: bit for bit on a CPU, but for
+where XLA fuses across a site under jit (pre-activation blocks from JAX 0.12 on), which rounds the last bit otherwise.
 """
 
 import difflib
@@ -23,6 +24,9 @@ class Net(nn.Module, kw_only=True):
     head: "linear", or "cosine": scale · ⟨f/‖f‖, w_c/‖w_c‖⟩, without bias.
     abstain: one more output, for abstention (`pj.dac`): a site "outputs", [B, C + 1], before the logits, which are its first C.
     dropout: rate inside the stages. dtype: of the layers' arithmetic; parameters are float32, features and logits at least float32.
+    frozen: parameters that are not trained, by prefixes of their paths from the root, ("stem", "stage1/block0", "logits/bias"); a module
+    below such a prefix is frozen as a whole, so that its BatchNorm runs on its running statistics and leaves them. Dropout and the like
+    stay. The net only says so: `pj.objective` gives them no gradient, the trainer keeps its optimiser away (perturbjax/frozen.py).
     """
 
     num_classes: int
@@ -33,6 +37,7 @@ class Net(nn.Module, kw_only=True):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     abstain: bool = False
+    frozen: tuple[str, ...] = ()
 
     smallest = 1  # pixels along an edge
 
@@ -46,6 +51,9 @@ class Net(nn.Module, kw_only=True):
             )
         if self.head not in ("linear", "cosine"):
             raise ValueError(f'{kind} needs head="linear" or head="cosine", got {self.head!r}. Write head="linear".')
+        if not isinstance(self.frozen, tuple):
+            got = (self.frozen,) if isinstance(self.frozen, str) else tuple(self.frozen)
+            raise ValueError(f"{kind} needs a tuple of prefixes for frozen, got {self.frozen!r}. Write frozen={got!r}.")
 
     def layers(self, train: bool) -> dict[str, Callable[..., nn.Module]]:
         """{site: the module that leads there, still without its name}, in order, from the first layer to `features`."""

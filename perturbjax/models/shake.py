@@ -7,6 +7,12 @@ r"""Random factors on the residual branches of a network: stochastic depth, Shak
 p_l = 1 − (l/L)·rate falls linearly over the blocks l = 1 … L. The backward pass multiplies by factors of its own draw: the gradient is
 not that of the forward pass, on purpose. Every sample has its own draws, from the rng "dropout"; the model does not know where a sample
 stands in the data set, so they go by its place in the batch. (Stochastic depth's paper draws once for the whole batch.)
+
+What is searched for below such a branch in training (AT, UAT, LPA at an earlier site) goes by the same backward pass, so with ShakeDrop
+and Shake-Shake its δ follows the gradient with β in place of α, not the loss's own: where a factor is negative, and β is not, even the
+sign of the branch's part differs. A larger loss is then likely, not sure. The passes have the same forward factors, so the losses that a
+search compares are those of the training pass; sites after the last block, stochastic depth and evaluation (`--attack`) are not
+concerned.
 Sources: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016. Yamada et al., "ShakeDrop Regularization for Deep Residual
 Learning", IEEE Access 2019 (arXiv 2018). Gastaldi, "Shake-Shake Regularization", 2017, and its code.
 """
@@ -69,7 +75,8 @@ def branch_factors(key: jax.Array, count: int, branch: Branch) -> tuple[jax.Arra
 
 
 class Scaled(nn.Module):
-    """A residual branch times its factor: drawn in training, its expectation p_l at evaluation."""
+    """A residual branch times its factor: drawn in training, its expectation p_l at evaluation. The gradient in training has another
+    factor for ShakeDrop, also for who searches for a perturbation below (see above)."""
 
     branch: Branch
     train: bool
@@ -82,7 +89,8 @@ class Scaled(nn.Module):
 
 
 class Shaken(nn.Module):
-    """α x + (1 − α) y in training, with β in the backward pass; (x + y)/2 at evaluation, and always if not `shake`."""
+    """α x + (1 − α) y in training, with β in the backward pass, also for who searches for a perturbation below (see above);
+    (x + y)/2 at evaluation, and always if not `shake`."""
 
     shake: bool
     train: bool

@@ -2,8 +2,9 @@ r"""Adversarial model perturbation (AMP): gradient steps up the loss, kept withi
 
     ε⁰ = 0,    εᵏ⁺¹ = Π_ρ(εᵏ + ζ ∇f(w + εᵏ))  for k < T,    g̃ = ∇f(w + ε^T)
 
-Π_ρ projects onto the l2 ball of radius ρ, of each tensor (the authors' code) or of all together. Unlike SAM's, a climb along a small
-gradient is short. Source: Zheng et al., "Regularizing Neural Networks via Adversarial Model Perturbation", CVPR 2021.
+Π_ρ projects onto the l2 ball of radius ρ, of all parameters together (the paper's ‖Δw‖ ≤ ε) or of each tensor by itself (the authors'
+code: all together then go up to √(number of tensors) times as far). Unlike SAM's, a climb along a small gradient is short.
+Source: Zheng et al., "Regularizing Neural Networks via Adversarial Model Perturbation", CVPR 2021.
 """
 
 from typing import Literal, NamedTuple
@@ -15,10 +16,10 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
 from perturbjax.core import method
-from perturbjax.parameter.ascent import dot, move, require, safe, widen
+from perturbjax.parameter.ascent import dot, move, require, safe, to_climb, widen
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
-NORMS = ("tensor", "global")
+NORMS = ("global", "tensor")
 
 
 class AMPState(NamedTuple):
@@ -28,8 +29,8 @@ class AMPState(NamedTuple):
     evaluations: jax.Array  # [] int32, gradients asked of grad_fn so far
 
 
-def amp_project(delta: optax.Updates, *, radius: ArrayLike, norm: Literal["tensor", "global"] = "tensor") -> optax.Updates:
-    """The nearest point of the l2 ball: of each leaf by itself, or of all leaves together."""
+def amp_project(delta: optax.Updates, *, radius: ArrayLike, norm: Literal["global", "tensor"] = "global") -> optax.Updates:
+    """The nearest point of the l2 ball: of all leaves together, or of each leaf by itself."""
 
     def shrunk(tree):
         size = jnp.sqrt(dot(tree, tree))
@@ -45,7 +46,12 @@ def amp_project(delta: optax.Updates, *, radius: ArrayLike, norm: Literal["tenso
     cite="Zheng et al., CVPR 2021", off=dict(radius=0.0),
 )  # fmt: skip
 def amp(
-    *, radius: Setting = 0.5, step_size: ArrayLike = 1.0, num_steps: int = 1, norm: Literal["tensor", "global"] = "tensor"
+    *,
+    radius: Setting = 0.5,
+    step_size: ArrayLike = 1.0,
+    num_steps: int = 1,
+    norm: Literal["global", "tensor"] = "global",
+    sync_perturbation: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """An optax link. Costs `num_steps` more gradients a step. `update` takes `grad_fn=` (as `sam`).
 
@@ -53,7 +59,8 @@ def amp(
       radius: ρ of the ball, a number or a schedule. The authors' code calls it epsilon.
       step_size: ζ.
       num_steps: T; the first step's gradient is there already.
-      norm: whose length is bounded by ρ: each "tensor" (the authors' code), or the "global" one of all parameters.
+      norm: whose length is bounded by ρ: that of all parameters ("global", the paper), or of each "tensor" (the authors' code).
+      sync_perturbation: as in `sam`. False needs num_steps=1: `grad_fn` gives later steps the mean over devices.
     """
     check_setting("amp", radius=radius)
     check_number("amp", low=0, step_size=step_size)
@@ -64,14 +71,19 @@ def amp(
             "optax.inject_hyperparams(pj.amp, static_args=('num_steps',)))."
         )
     steps = int(num_steps)
+    if steps > 1 and not sync_perturbation:
+        raise ValueError(
+            f"amp needs num_steps=1 for sync_perturbation=False, got {steps}: grad_fn averages over devices. Write num_steps=1."
+        )
 
     def init(params):
         return AMPState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params=None, *, grad_fn=None, **extra_args):
+    def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
         require("amp", params, grad_fn)
         rho = at(radius, Place.of(state.count, extra_args))
-        delta, grads = jax.tree.map(jnp.zeros_like, widen(updates)), updates
+        grads = to_climb("amp", updates, local_grads, sync_perturbation)
+        delta = jax.tree.map(jnp.zeros_like, widen(updates))
         for _ in range(steps):  # unrolled: convolutions are slow in loops on CPU, and T is small
             delta = amp_project(move(delta, grads, step_size), radius=rho, norm=norm)
             grads = grad_fn(move(params, delta))

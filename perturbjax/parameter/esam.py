@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from perturbjax.checks import check_number
 from perturbjax.classes import AxisName, wide
 from perturbjax.core import method
-from perturbjax.parameter.ascent import move, require, unit_tree, widen
+from perturbjax.parameter.ascent import move, require, to_climb, unit_tree, widen
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
 
@@ -61,7 +61,9 @@ def esam_weights(rise: jax.Array, *, gamma: ArrayLike = 0.5, axis_name: AxisName
     target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
     cite="Du et al., ICLR 2022", off=dict(radius=0.0, gamma=1.0),
 )  # fmt: skip
-def esam(*, radius: Setting = 0.05, beta: ArrayLike = 0.5, gamma: ArrayLike = 0.5) -> optax.GradientTransformationExtraArgs:
+def esam(
+    *, radius: Setting = 0.05, beta: ArrayLike = 0.5, gamma: ArrayLike = 0.5, sync_perturbation: bool = True
+) -> optax.GradientTransformationExtraArgs:
     """An optax link. Costs one more gradient and a forward pass a step.
 
     `update` takes `grad_fn=` (as `sam`, with `weights=` [B]), `key=`, and `loss_fn=`: parameters -> losses [B] of the same batch.
@@ -70,6 +72,7 @@ def esam(*, radius: Setting = 0.05, beta: ArrayLike = 0.5, gamma: ArrayLike = 0.
       radius: ρ, a number or a schedule.
       beta: share of the coordinates that climb; 1 is SAM's climb.
       gamma: share of the samples that count in the second gradient; 1: all.
+      sync_perturbation: as in `sam`. The coordinates are the same on all devices, the samples are chosen among those of all.
     """
     check_setting("esam", radius=radius)
     check_number("esam", low=0, high=1, open_low=True, beta=beta, gamma=gamma)
@@ -77,7 +80,10 @@ def esam(*, radius: Setting = 0.05, beta: ArrayLike = 0.5, gamma: ArrayLike = 0.
     def init(params):
         return ESAMState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params=None, *, grad_fn=None, key=None, loss_fn=None, losses=None, axis_name=None, **extra_args):
+    def update(
+        updates, state, params=None, *, grad_fn=None, local_grads=None, key=None, loss_fn=None, losses=None, axis_name=None,
+        **extra_args,
+    ):  # fmt: skip
         require("esam", params, grad_fn)
         if key is None or loss_fn is None:
             missing = "key" if key is None else "loss_fn"
@@ -86,7 +92,8 @@ def esam(*, radius: Setting = 0.05, beta: ArrayLike = 0.5, gamma: ArrayLike = 0.
                 "loss_fn=lambda p: losses(p, batch)), with losses [B] and grad_fn(p, weights=None)."
             )
         rho = at(radius, Place.of(state.count, extra_args))
-        moved = move(params, esam_ascent(updates, key, radius=rho, beta=beta))
+        uphill = to_climb("esam", updates, local_grads, sync_perturbation)
+        moved = move(params, esam_ascent(uphill, key, radius=rho, beta=beta))
         before = loss_fn(params) if losses is None else losses
         weights = jax.lax.stop_gradient(esam_weights(loss_fn(moved) - before, gamma=gamma, axis_name=axis_name))
         return grad_fn(moved, weights=weights), ESAMState(optax.safe_increment(state.count), state.evaluations + 1)

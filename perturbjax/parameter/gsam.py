@@ -3,7 +3,8 @@ r"""Surrogate-gap guided sharpness-aware minimisation (GSAM): SAM's gradient, le
     g_p = ∇f(w + ρ_t g/‖g‖),    g̃ = g_p − α (g − (⟨g, g_p⟩/‖g_p‖²) g_p)
 
 Descending along g̃ lowers the perturbed loss as fast as SAM does, and raises the plain loss across it: the gap between the two
-shrinks. ρ_t follows the learning rate: `radius=by_rate(high=..., low=...)`; with high = low it is a number.
+shrinks. In the paper ρ_t follows the learning rate, ρ_t = ρ_min + (ρ_max − ρ_min)(lr_t − lr_min)/(lr_max − lr_min): that is
+`radius=by_rate(high=ρ_max, low=ρ_min, floor=lr_min/lr_max)`. The default is a constant.
 Source: Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022.
 """
 
@@ -45,7 +46,7 @@ def gsam(
     """An optax link. Costs one more gradient a step. `update` takes `grad_fn=` (as `sam`), and `rate=` for `by_rate`.
 
     Args:
-      radius: ρ_t, a number or a schedule; `by_rate(...)` is the paper's.
+      radius: ρ_t, a number (the default, constant) or a schedule; `by_rate(high=0.05, low=0.01)` is the paper's.
       alpha: α, 0 is SAM.
       sync_perturbation: as in `sam`.
     """

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.core import method
-from perturbjax.parameter.ascent import dot, move, require, safe, unit_tree, widen
+from perturbjax.parameter.ascent import dot, move, require, safe, to_climb, unit_tree, widen
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
 
@@ -44,13 +44,16 @@ def looksam_reuse(grads: optax.Updates, across: optax.Updates, *, alpha: ArrayLi
     target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
     cite="Liu et al., CVPR 2022", off=dict(radius=0.0, alpha=0.0),
 )  # fmt: skip
-def looksam(*, radius: Setting = 0.05, every: int = 5, alpha: ArrayLike = 0.7) -> optax.GradientTransformationExtraArgs:
+def looksam(
+    *, radius: Setting = 0.05, every: int = 5, alpha: ArrayLike = 0.7, sync_perturbation: bool = True
+) -> optax.GradientTransformationExtraArgs:
     """An optax link. Costs one more gradient at every k-th step, nothing at the others. `update` takes `grad_fn=` (as `sam`).
 
     Args:
       radius: ρ, a number or a schedule.
       every: k; 1 is SAM. The steps are counted by `step=`, if the update gets one.
       alpha: α, how much of g_v is added between.
+      sync_perturbation: as in `sam`; ĝ in g_v is the whole batch's.
     """
     check_setting("looksam", radius=radius)
     check_number("looksam", low=1, every=every)
@@ -60,12 +63,13 @@ def looksam(*, radius: Setting = 0.05, every: int = 5, alpha: ArrayLike = 0.7) -
         zeros = jax.tree.map(jnp.zeros_like, widen(params))
         return LookSAMState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), zeros)
 
-    def update(updates, state, params=None, *, grad_fn=None, **extra_args):
+    def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
         require("looksam", params, grad_fn)
         place = Place.of(state.count, extra_args)
 
         def looked():
-            perturbed = grad_fn(move(params, unit_tree(widen(updates)), at(radius, place)))
+            uphill = widen(to_climb("looksam", updates, local_grads, sync_perturbation))
+            perturbed = grad_fn(move(params, unit_tree(uphill), at(radius, place)))
             kept = looksam_across(perturbed, updates)
             perturbed = jax.tree.map(lambda p, g: p.astype(g.dtype), perturbed, updates)
             return perturbed, jax.tree.map(lambda v, old: v.astype(old.dtype), kept, state.across)

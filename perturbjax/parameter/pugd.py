@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.core import method
-from perturbjax.parameter.ascent import move, require, unit_tree, widen
+from perturbjax.parameter.ascent import move, require, to_climb, unit_tree, widen
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
 
@@ -36,11 +36,17 @@ def pugd_ascent(params: optax.Params, grads: optax.Updates, *, epsilon: ArrayLik
     target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
     cite="Tseng et al., IJCNN 2022", off=None,
 )  # fmt: skip
-def pugd(*, radius: Setting = 1.0, epsilon: ArrayLike = 0.0) -> optax.GradientTransformationExtraArgs:
-    """An optax link; ρ = `radius` is a number or a schedule, 0 gives the unit gradient. Costs one more gradient a step.
+def pugd(
+    *, radius: Setting = 1.0, epsilon: ArrayLike = 0.0, sync_perturbation: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """An optax link. Costs one more gradient a step.
 
-    `update` takes `grad_fn=`: parameters -> gradients of the same batch's loss, already averaged over devices. `epsilon` is added to
-    both norms (official code: 1e-12).
+    `update` takes `grad_fn=`: parameters -> gradients of the same batch's loss, already averaged over devices.
+
+    Args:
+      radius: ρ, a number or a schedule; 0 gives the unit gradient.
+      epsilon: added to both norms (official code: 1e-12).
+      sync_perturbation: as in `sam`: False climbs along each device's own |w| ⊙ g. The g that is added to g* is the whole batch's.
     """
     check_setting("pugd", radius=radius)
     check_number("pugd", low=0, epsilon=epsilon)
@@ -48,9 +54,9 @@ def pugd(*, radius: Setting = 1.0, epsilon: ArrayLike = 0.0) -> optax.GradientTr
     def init(params):
         return PUGDState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params=None, *, grad_fn=None, **extra_args):
+    def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
         require("pugd", params, grad_fn)
-        climb = pugd_ascent(params, widen(updates), epsilon=epsilon)
+        climb = pugd_ascent(params, widen(to_climb("pugd", updates, local_grads, sync_perturbation)), epsilon=epsilon)
         above = grad_fn(move(params, climb, at(radius, Place.of(state.count, extra_args))))
         unit = unit_tree(move(widen(above), updates), epsilon)
         unit = jax.tree.map(lambda u, g: u.astype(g.dtype), unit, updates)

@@ -16,7 +16,7 @@ import optax
 
 from perturbjax.checks import check_choice
 from perturbjax.core import method
-from perturbjax.parameter.ascent import move, require, unit_tree, widen
+from perturbjax.parameter.ascent import move, require, to_climb, unit_tree, widen
 from perturbjax.parameter.timing import Place, Setting, Timing, always, at, check_setting, never
 
 
@@ -54,6 +54,7 @@ def rts(
     scale: Setting = 1.0,
     ascent: Literal["weighted", "gradient"] = "weighted",
     inactive: Literal["plain", "unit"] = "plain",
+    sync_perturbation: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """An optax link. An active step costs one more gradient, an inactive one costs none (`lax.cond`, which is fast on CPU with the
     models' own convolution, conv="canonical").
@@ -66,6 +67,7 @@ def rts(
       scale: s_t, as radius.
       ascent: what to climb along, PUGD's "weighted" |w| ⊙ g or SAM's "gradient".
       inactive: the other steps' update: the "plain" gradient, or the "unit" one, whose length is that of the active steps.
+      sync_perturbation: as in `sam`: False climbs along each device's own gradient.
 
     Raises ValueError for a negative radius or scale where the host can see it. A schedule that turns negative within jit gives nan.
     """
@@ -78,13 +80,14 @@ def rts(
     def init(params):
         return RTSState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), timing.init())
 
-    def update(updates, state, params=None, *, grad_fn=None, **extra_args):
+    def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
         require("rts", params, grad_fn)
         place = Place.of(state.count, extra_args)
         active, memory = timing.active(state.timing, place)
 
         def perturbed():
-            above = grad_fn(move(params, rts_ascent(params, widen(updates), ascent=ascent), at(radius, place)))
+            uphill = widen(to_climb("rts", updates, local_grads, sync_perturbation))
+            above = grad_fn(move(params, rts_ascent(params, uphill, ascent=ascent), at(radius, place)))
             return rts_direction(above, updates, scale=at(scale, place))
 
         def otherwise():

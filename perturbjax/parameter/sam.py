@@ -71,7 +71,7 @@ def sam(
         `local_grads=` in the update, which is taken as it is, whatever links stand before. On one device there is no difference.
     """
     check_setting("sam", radius=radius)
-    check_number("sam", low=1, open_low=True, p=p)
+    check_number("sam", low=1, open_low=True, infinite=True, p=p)
     check_number("sam", low=0, epsilon=epsilon, decay=decay)
 
     def init(params):

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, is_traced
@@ -115,18 +116,28 @@ Setting = float | jax.Array | Callable[[ArrayLike], ArrayLike] | Course
 """A number, an optax schedule (of the step), or one of the above."""
 
 
-def check_setting(function: str, **named: Setting) -> None:
-    """Raises ValueError if a setting is negative or nan as far as the host can see: ends of a course, first steps of a schedule."""
+def check_setting(function: str, *, rate: bool = True, **named: Setting) -> None:
+    """Raises ValueError if a setting is negative or nan as far as the host can see: ends of a course, first steps of a schedule.
+
+    rate: whether the learning rate is known where the setting is read (links of the optimiser), so that `by_rate` may be one.
+    """
     for name, setting in named.items():
         if isinstance(setting, Course):
+            if setting.shape == "by_rate" and not rate:
+                raise ValueError(
+                    f"{function} needs {name} to follow the progress, got by_rate(...): the loss knows no learning rate. "
+                    f"Write {name}=cosine(...) or {name}=linear(...)."
+                )
             for value in (setting.first, setting.last):
                 check_number(function, low=0, **{name: value})
         elif callable(setting):
             for step in LOOKED_AT:
-                value = setting(jnp.int32(step))
-                if not is_traced(value) and not float(value) >= 0:
+                with jax.numpy_dtype_promotion("standard"):  # strict is about the user's loop, not about this look
+                    value = setting(jnp.int32(step))
+                if not is_traced(value) and not (np.asarray(value) >= 0).all():
+                    shown = value if np.ndim(value) else f"{float(value):g}"
                     raise ValueError(
-                        f"{function} needs {name} >= 0 at every step, got {float(value):g} at step {step}. "
+                        f"{function} needs {name} >= 0 at every step, got {shown} at step {step}. "
                         f"Write {name}=lambda step: jnp.maximum(schedule(step), 0)."
                     )
         else:
@@ -136,9 +147,14 @@ def check_setting(function: str, **named: Setting) -> None:
 def at(setting: Setting, place: Place) -> Any:
     """The setting's value there. One that is negative or nan there becomes nan, and so do the parameters: the trainer then names
     the link and the step, where a silent descent instead of the climb would go on unseen."""
-    if not isinstance(setting, Course) and not callable(setting):
+    if isinstance(setting, (int, float)):  # seen by `check_setting`
         return setting
-    value = setting.at(place) if isinstance(setting, Course) else setting(place.step)
+    value = setting.at(place) if isinstance(setting, Course) else setting(place.step) if callable(setting) else setting
+    return not_negative(value)
+
+
+def not_negative(value: ArrayLike) -> jax.Array:
+    """The value in at least float32; nan where it is negative."""
     value = wide(jnp.asarray(value))
     return jnp.where(value >= 0, value, jnp.nan)
 

@@ -12,11 +12,11 @@ from perturbjax.training.history import History
 from perturbjax.training.interrupt import Interrupted
 from perturbjax.training.loop import Options, Run, fit, fit_many, predict
 from perturbjax.training.recipes import RECIPES, recipe_flags
-from perturbjax.training.schedule import Schedule
+from perturbjax.training.schedule import FineTuning, Schedule
 from perturbjax.training.step import DeviceData, Recipe, TrainState, device_data, init_state, sample_data, split_methods
 
 __all__ = [
-    "RECIPES", "CheckpointNotWritten", "Checkpoints", "DeviceData", "Devices", "History", "Interrupted", "NewerCheckpoint", "Options",
+    "RECIPES", "CheckpointNotWritten", "Checkpoints", "DeviceData", "Devices", "FineTuning", "History", "Interrupted", "NewerCheckpoint", "Options",
     "OtherSettings", "Recipe", "Run", "RunFolder", "Schedule", "TrainState", "cost_ratios", "device_data", "fit", "fit_many",
     "init_state", "load_variables", "predict", "recipe_flags", "sample_data", "split_methods", "start_processes",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from perturbjax.data import Dataset
+from perturbjax.frozen import join_params, split_params
 from perturbjax.training.devices import Devices
 from perturbjax.training.feed import Call, Feed
 from perturbjax.training.step import (
@@ -101,8 +102,9 @@ class _Step:
         links, transforms = split_methods(self.recipe.build(self.numbers["method"]))
         made, tx = build(self.recipe, self.numbers, self.data.class_counts)
         batch, key = self.batch(), step_keys(self.state)[0]
-        loss = lambda params: evaluate_loss(made, params, self.state, self.recipe, batch, key)
-        (value, _), grads = jax.value_and_grad(loss, has_aux=True)(self.state.params)
+        trained, frozen = split_params(self.state.params, self.recipe.frozen)
+        loss = lambda own: evaluate_loss(made, join_params(own, frozen), self.state, self.recipe, batch, key)
+        (value, _), grads = jax.value_and_grad(loss, has_aux=True)(trained)
         when = f"in the update of step {self.call.first + 1}"
         name, size = largest(grads)
         if not math.isfinite(size):
@@ -113,7 +115,7 @@ class _Step:
         arguments, updates = update_arguments(made, self.state, self.recipe, batch, value, grads), grads
         for number, (link, state) in enumerate(zip(transforms, self.state.opt_state, strict=False), start=1):
             before = largest(updates)[1]
-            updates, _ = link.update(updates, state, self.state.params, **arguments)
+            updates, _ = link.update(updates, state, trained, **arguments)
             name, size = largest(updates)
             if not math.isfinite(size):
                 return (

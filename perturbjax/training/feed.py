@@ -1,6 +1,7 @@
 """The batches of a run in order: rows of data that lie on the device, or images streamed to it in the background.
 
-Both give the step the same numbers: which samples, in which order, is `epoch_order`'s business, and augmentation runs on the device.
+Both give the step the same numbers: which samples, in which order, is the business of `perturbjax.data.batches`, and augmentation
+runs on the device.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perturbjax.data import Dataset, epoch_order
+from perturbjax.data import Dataset, balanced_order, epoch_order
 from perturbjax.training.devices import Devices
 from perturbjax.training.step import DeviceData, Recipe
 
@@ -78,8 +79,7 @@ class Feed:
 
     def example(self, steps: int) -> Call:
         """A call of that many steps, to compile for."""
-        order = [epoch_order(self.recipe.num_examples, self.recipe.batch_size, seed, 0)[:steps] for seed in self.seeds]
-        return self._call(0, np.stack(order) if self.stacked else order[0], False)
+        return self._call(0, self._order(0)[..., :steps, :], False)
 
     def calls(self, step: int) -> Generator[Call, None, None]:
         """All calls from the one that begins after `step` steps to the end of training."""
@@ -89,14 +89,24 @@ class Feed:
     def _calls(self, step: int) -> Generator[Call, None, None]:
         per_epoch, per_call = self.recipe.steps_per_epoch, self.steps_per_call
         for epoch in range(step // per_epoch, self.recipe.epochs):
-            orders = [epoch_order(self.recipe.num_examples, self.recipe.batch_size, seed, epoch) for seed in self.seeds]
-            order = np.stack(orders) if self.stacked else orders[0]
+            order = self._order(epoch)
             done = step - epoch * per_epoch if epoch == step // per_epoch else 0
             # Calls start at multiples of steps_per_call from the epoch's beginning, so that a resumed run makes the same ones.
             while done < per_epoch:
                 steps = min(per_call - done % per_call, per_epoch - done)
                 yield self._call(epoch * per_epoch + done, order[..., done : done + steps, :], done + steps == per_epoch)
                 done += steps
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """[(S,) steps, B]: the samples of each batch of an epoch."""
+        recipe, orders = self.recipe, []
+        balanced = recipe.fine_tuning is not None and epoch >= recipe.fine_tuning.first_epoch(recipe.epochs)
+        for dataset, seed in zip(self.datasets, self.seeds, strict=True):
+            if balanced:
+                orders.append(balanced_order(dataset.train_labels, recipe.batch_size, seed, epoch))
+            else:
+                orders.append(epoch_order(recipe.num_examples, recipe.batch_size, seed, epoch))
+        return np.stack(orders) if self.stacked else orders[0]
 
     def _call(self, first: int, rows: np.ndarray, ends_epoch: bool) -> Call:
         axis = rows.ndim - 1

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -92,3 +93,29 @@ class Schedule:
         if warmup >= 1:
             parts, boundaries = [optax.linear_schedule(1 / (warmup + 1), 1.0, warmup), *parts], [warmup, *boundaries]
         return optax.join_schedules(parts, boundaries) if boundaries else parts[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """Class-balanced fine-tuning: the last part of training on class-balanced batches (`balanced_order`), at a small learning rate.
+
+    >>> FineTuning().first_epoch(30)
+    27
+    """
+
+    start: float = 0.9
+    """Share of the epochs that are over when it begins; whole epochs, and at least the last one."""
+    rate: float = 0.1
+    """Factor of what the schedule gives there. After steps, and with a constant rate, that is a tenth of the last one."""
+
+    def __post_init__(self):
+        check_number("FineTuning", low=0, high=1, start=self.start)
+        check_number("FineTuning", low=0, rate=self.rate)
+
+    def first_epoch(self, epochs: int) -> int:
+        """Epochs before it."""
+        return min(int(self.start * epochs + 1e-9), epochs - 1)
+
+    def slowed(self, factor: Callable[[jax.Array], jax.Array], first_step: int) -> Callable[[jax.Array], jax.Array]:
+        """The schedule `factor`, times `rate` from the step on."""
+        return lambda step: factor(step) * jnp.where(jnp.asarray(step) >= first_step, jnp.float32(self.rate), jnp.float32(1))

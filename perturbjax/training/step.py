@@ -18,9 +18,10 @@ import optax
 from perturbjax.checks import check_choice
 from perturbjax.core import Batch, Chain, Objective, chain, objective
 from perturbjax.data import Augmentation, Dataset
+from perturbjax.frozen import check_frozen, join_params, split_params
 from perturbjax.models.blocks import KEEP_REMAT
 from perturbjax.training.devices import AXIS, Devices
-from perturbjax.training.schedule import Schedule
+from perturbjax.training.schedule import FineTuning, Schedule
 
 Numbers = Any
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -31,7 +32,7 @@ class Recipe:
     """The static part of a run. Two equal recipes share one compilation."""
 
     model: Any
-    """A Flax module with sites (`perturbjax.models.create`)."""
+    """A Flax module with sites (`perturbjax.models.create`). The parameters in its field `frozen`, if it has one, are not trained."""
     build: Callable[[Numbers], Iterable]
     """Numbers -> methods: perturbations, tuples of them and optax links, in order. Must be hashable: a function, a partial."""
     num_classes: int
@@ -55,6 +56,21 @@ class Recipe:
     nothing, so recipes are equal without it."""
     num_domains: int | None = None
     """D, where the data has domains; links then find those of a batch in side["domain"]."""
+    fine_tuning: FineTuning | None = None
+    """The last part on class-balanced batches, at a smaller learning rate; None: none."""
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Prefixes of the paths of the parameters that are not trained: the model's own field."""
+        return getattr(self.model, "frozen", ())
+
+    @property
+    def rate_factor(self) -> Callable[[jax.Array], jax.Array]:
+        """Steps taken -> factor of the learning rate: the schedule, and the fine-tuning's."""
+        factor = self.schedule.factor(self.steps_per_epoch, self.total_steps)
+        if self.fine_tuning is None:
+            return factor
+        return self.fine_tuning.slowed(factor, self.fine_tuning.first_epoch(self.epochs) * self.steps_per_epoch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -95,7 +111,7 @@ class TrainState(NamedTuple):
 
     params: Any
     stats: Any  # BatchNorm statistics, or {}
-    opt_state: optax.OptState
+    opt_state: optax.OptState  # of the parameters that are trained
     states: tuple  # of the perturbations
     step: jax.Array  # [] int32, steps taken
     key: jax.Array  # the run's key; each step folds its number in
@@ -133,7 +149,7 @@ def optimizer(
     With accumulation these three come once per `accumulate` batches (optax.MultiSteps), on the mean of what the links made of
     each: a SAM-like link asks for a second gradient of its own batch, so it stands before the mean.
     """
-    factor = recipe.schedule.factor(recipe.steps_per_epoch, recipe.total_steps)
+    factor = recipe.rate_factor
     momentum = numbers["momentum"] if recipe.momentum else None
     rate = lambda updates: numbers["learning_rate"] * factor(updates * recipe.accumulate)
     decay = optax.add_decayed_weights(numbers["weight_decay"])
@@ -183,6 +199,8 @@ def build(
     made = objective(
         recipe.model, links, num_classes=recipe.num_classes, class_counts=class_counts, num_examples=recipe.num_examples,
         num_domains=recipe.num_domains, axis_name=axis_name,
+        balanced_from=None if recipe.fine_tuning is None else recipe.fine_tuning.start,
+        steps_per_epoch=recipe.steps_per_epoch,
     )  # fmt: skip
     return made, optimizer(transforms, numbers, recipe)
 
@@ -213,10 +231,13 @@ def init_state(recipe: Recipe, numbers: dict, data: DeviceData, seed: int) -> Tr
     variables = _compiled_init(recipe.model)(init_key, example)
     variables = variables if recipe.initial is None else recipe.initial(variables)
     params, stats = variables["params"], variables.get("batch_stats", {})
+    check_frozen("frozen", params, recipe.frozen)
     made, tx = build(recipe, numbers, np.asarray(data.class_counts))
-    like = jax.ShapeDtypeStruct((recipe.batch_size, *example.shape[1:]), example.dtype)
+    # White images: links check at init that theirs are the pixels of [0, 1] that the trainer gives them.
+    like = np.broadcast_to(np.ones([], example.dtype), (recipe.batch_size, *example.shape[1:]))
     # Every leaf gets a buffer of its own (a method's init may use one array twice): the step donates them.
-    opt_state, states = jax.tree.map(jnp.array, (tx.init(params), made.init(params, like, stats=stats)))
+    trained, _ = split_params(params, recipe.frozen)
+    opt_state, states = jax.tree.map(jnp.array, (tx.init(trained), made.init(params, like, stats=stats)))
     check_accumulation(opt_state)
     return TrainState(params, stats, opt_state, states, jnp.int32(0), run_key)
 
@@ -269,22 +290,24 @@ def update_arguments(
     average: Callable = lambda x: x,
     local: bool = True,
 ) -> dict[str, Any]:
-    """What every optimiser link is given beside gradients, state and parameters. local: whether `grads` is one device's own."""
+    """What every optimiser link is given beside gradients, state and parameters, those that are trained. local: whether `grads` is one
+    device's own."""
     loss_key, update_key = step_keys(state)
+    frozen = split_params(state.params, recipe.frozen)[1]
 
     def grad_fn(params, *, weights=None):
         """The gradient of the same loss on the same batch, with the same key and incoming states; BatchNorm untouched."""
-        loss = lambda p: evaluate_loss(made, p, state, recipe, batch, loss_key, weights=weights)
+        loss = lambda p: evaluate_loss(made, join_params(p, frozen), state, recipe, batch, loss_key, weights=weights)
         return average(jax.grad(loss, has_aux=True)(params)[0])
 
     def loss_fn(params):
         """The losses [B] of that pass (this device's share)."""
-        return evaluate_loss(made, params, state, recipe, batch, loss_key)[1].losses
+        return evaluate_loss(made, join_params(params, frozen), state, recipe, batch, loss_key)[1].losses
 
     counted = state.step // recipe.accumulate * recipe.accumulate  # the learning rate changes with the optimiser's own steps
     return dict(
         grad_fn=grad_fn, loss_fn=loss_fn, value=value, step=state.step, progress=state.step.astype(jnp.float32) / recipe.total_steps,
-        rate=recipe.schedule.factor(recipe.steps_per_epoch, recipe.total_steps)(counted),
+        rate=recipe.rate_factor(counted),
         labels=batch.labels, local_grads=grads if local else None, key=update_key, side=batch.side, axis_name=made.context.axis_name,
         num_classes=made.context.num_classes, num_domains=made.context.num_domains,
     )  # fmt: skip
@@ -309,12 +332,14 @@ def train_step(
     made, tx = build(recipe, numbers, data.class_counts, axis_name)
     batch = draw_batch(recipe, state, data, index, images)
     average = (lambda tree: tree) if axis_name is None else lambda tree: jax.lax.pmean(tree, axis_name)
-    loss = lambda params: evaluate_loss(made, params, state, recipe, batch, step_keys(state)[0])
-    (value, out), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    trained, frozen = split_params(state.params, recipe.frozen)
+    loss = lambda own: evaluate_loss(made, join_params(own, frozen), state, recipe, batch, step_keys(state)[0])
+    (value, out), grads = jax.value_and_grad(loss, has_aux=True)(trained)
     value, metrics, stats = average((value, out.metrics, out.stats))
     arguments = update_arguments(made, state, recipe, batch, value, grads, average, local)
-    updates, opt_state = tx.update(average(grads), state.opt_state, state.params, losses=out.losses, **arguments)
-    after = TrainState(optax.apply_updates(state.params, updates), stats, opt_state, out.states, state.step + 1, state.key)
+    updates, opt_state = tx.update(average(grads), state.opt_state, trained, losses=out.losses, **arguments)
+    params = join_params(optax.apply_updates(trained, updates), frozen)
+    after = TrainState(params, stats, opt_state, out.states, state.step + 1, state.key)
     return after, {"loss": value, **metrics}, out.losses
 
 

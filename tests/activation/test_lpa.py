@@ -9,6 +9,7 @@ import perturbjax as pj
 
 C, B, D = 4, 9, 4
 SIGN = np.array([1.0, -1.0, 1.0, -1.0])
+quick = lambda f: jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})  # to compile, not to run
 COUNTS = np.array([10, 40, 5, 20])
 PIECES = {
     "stage1": lambda w, x: x @ w["a"],
@@ -225,6 +226,9 @@ def test_two_sites_have_their_own_bounds(problem):
     np.testing.assert_allclose(out.metrics["seen/value"], first.metrics["seen/value"], rtol=1e-5)
     assert out.losses.mean() > first.losses.mean() + 1e-3
     assert out.metrics["lpa/inner_evaluations"] == 6
+    for site in ("stage1", "stage2"):  # each reports for itself
+        assert out.metrics[f"lpa/raised@{site}"] == C and out.metrics[f"lpa/inner_evaluations@{site}"] == 3
+    assert "lpa/raised" not in out.metrics
 
 
 def test_by_frequency_the_rare_classes_are_raised(problem):
@@ -260,6 +264,92 @@ def test_expansion_is_the_classes_mean_norm_after_over_before(problem):
     np.testing.assert_allclose(out.metrics["lpa/expansion_lowered"], ratio[1], rtol=1e-5)
     up, _ = run(pj.lpa(bound=3.0, site="stage1", direction=1.0), problem)
     assert up.metrics["lpa/expansion_lowered"] == 1 and up.metrics["lpa/expansion_raised"] != 1
+
+
+def test_amplification_is_that_of_the_search_s_last_evaluation(problem, float64):
+    """‖Δu‖/‖δ‖ at δ after two of three steps, over the samples that are moved (class 1 is left alone), by the oracle.
+
+    LPL behind it moves the logits too, and is no part of it. With one step nothing but the clean pass has been evaluated.
+    """
+    params, x, y = problem
+    sign, radius = np.array([1.0, 0.0, -1.0, 1.0]), np.full(C, 0.49 * 0.8)
+    link = pj.lpa(bound=0.8, site="stage1", direction=sign)
+    hidden, moved = x @ params["a"], y != 1
+    delta = moved[:, None] * oracle(params, x, y, sign=sign + (sign == 0), radius=radius, rate=2 * radius / 3, steps=2)[y]
+    change = np.linalg.norm(logits_of(params, hidden + delta) - logits_of(params, hidden), axis=1)
+    wanted = (change[moved] / np.linalg.norm(delta, axis=1)[moved]).mean()
+    for links in (link, pj.chain(link, pj.lpl(direction=1.0))):
+        np.testing.assert_allclose(run(links, problem)[0].metrics["lpa/amplification"], wanted, rtol=1e-5)
+    once = pj.lpa(bound=0.8, site="stage1", direction=sign, num_steps=1)
+    assert run(once, problem)[0].metrics["lpa/amplification"] == 0
+
+
+def test_amplification_stays_below_the_bounds(problem, float64):
+    """Eq. 17: below the product of the norms behind the site; of a small δ below the Jacobian's norm, which that product bounds."""
+    params, x, y = problem
+    behind = {"stage1": ("b", "c"), "stage2": ("c",)}
+    for site, names in behind.items():
+        product = float(pj.lipschitz_product(*(params[name] for name in names)))
+        local = np.asarray(pj.local_amplification(PIECES, params, x, site=site))
+        assert (local <= product).all()
+        for bound in (1e-4, 1.0, 10.0):
+            found = float(run(pj.lpa(bound=bound, site=site, direction=1.0), problem)[0].metrics["lpa/amplification"])
+            assert 0.05 * product < found <= product or bound > 1
+            assert found <= local.mean() * (1 + 1e-3) or bound > 1e-3
+
+
+def test_a_varied_number_of_samples_leaves_the_amplification_out(problem):
+    """A link that doubles the batch behind the site: one row of delta for two rows of logits."""
+    double = lambda v: jnp.concatenate([v, v])
+    fields = ("value", "labels", "targets", "weights", "index", "penalty")
+    change = lambda flow: flow._replace(**{name: double(getattr(flow, name)) for name in fields})
+    twice = pj.Perturbation("stage2", lambda c: (), lambda flow, rest, s, c: (change(flow), s, {}))
+    out, _ = run(pj.chain(pj.lpa(site="stage1", direction=1.0), twice, pj.lpl(direction=1.0)), problem)
+    assert out.losses.shape == (2 * B,) and out.metrics["lpa/amplification"] == 0
+
+
+@pytest.mark.parametrize("first", ["lpa", "sites", "lpl"])
+def test_statistics_behind_a_search_are_those_of_the_clean_pass(problem, first):
+    """Of all of LPA, LPL and LPG behind it, as if the first method weren't there, though it turns predictions round."""
+    far = {
+        "lpa": lambda: pj.lpa(bound=50.0, site="stage1", direction=1.0),
+        "sites": lambda: pj.lpa(bound=50.0, site=("input", "stage1"), direction=1.0),
+        "lpl": lambda: pj.lpl(bound=50.0, step_size=5.0, direction=1.0),
+    }[first]()
+    params, x, y = problem
+    split, batch = pj.by_accuracy(), pj.batch(x, jnp.asarray(y))
+    behind = (
+        (pj.lpg(split=split),)
+        if first == "lpl"
+        else (pj.lpa(site="stage2", split=split), pj.lpl(split=split), pj.lpg(split=split))
+    )
+
+    def statistics(*links):
+        made = pj.objective(PIECES, pj.chain(*links), num_classes=C, num_examples=4 * B)
+        out = quick(lambda states: made(params, states, batch, step=1)[1])(made.init(params, x))
+        return out.states[-len(behind) :], out.losses
+
+    clean, plain = statistics(pj.lpl(split=split))
+    after, moved = statistics(far, *behind)
+    assert np.abs(moved - plain).max() > 1
+    for found in after:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, clean[-1])
+
+
+def test_between_candidates_of_which_none_has_searched_yet_the_own_pass_is_clean(problem):
+    """An LPA at stage2, with candidates before and behind it: the one behind is chosen, or the one before."""
+    params, x, y = problem
+    own = pj.lpa(site="stage2", split=pj.by_accuracy())
+    made = pj.objective(
+        PIECES, pj.chain(pj.lpa(bound=50.0, site=("stage1", "logits"), direction=1.0), own), num_classes=C, num_examples=4 * B
+    )
+    alone = run(own, problem)[0].states[0]
+    for chosen in (0, 1):
+        states = made.init(params, x)
+        states = (states[0]._replace(effects=jnp.eye(2)[chosen]), *states[1:])
+        out = quick(lambda states: made(params, states, pj.batch(x, jnp.asarray(y)), step=1)[1])(states)
+        assert out.metrics["lpa/site"] == chosen
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), out.states[2], alone)
 
 
 def flops(links, classes):

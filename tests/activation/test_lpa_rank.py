@@ -80,6 +80,16 @@ def test_a_matrix_of_lower_rank_and_a_zero_one_stay_themselves():
     np.testing.assert_allclose(np.linalg.norm(vectors[1], axis=0), [0, 0, 0, 1], atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (3, 3)], ids=["tall", "wide", "square"])
+def test_directions_that_a_matrix_does_not_have_are_zero(shape):
+    """Rank 1, and rank 0: no vector of the null space, which rounding would choose, takes part in later steps."""
+    rng = np.random.default_rng(2)
+    one = np.outer(rng.normal(size=shape[0]), rng.normal(size=shape[1])).astype(np.float32)
+    vectors = np.asarray(right_vectors(jnp.asarray(np.stack([one, 0 * one])), 2))
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [[0, 1], [0, 0]], atol=1e-5)
+    np.testing.assert_allclose(np.abs(one @ vectors[0][:, 1]), np.linalg.norm(one, axis=1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_perturbation_of_each_class_has_rank_k_after_all_steps(float64, k):
     """Three steps, each along another gradient; the ball of radius γ·ε is reached all the same."""

@@ -140,3 +140,21 @@ def test_over_a_data_set_statistics_are_gathered_first():
     assert np.abs(lpa.gain[:3]).min() > 1e-3 and all(np.isnan(values[3]) for values in lpa)
     nothing = activation_variations((), MODEL, params, x, LABELS, **given)
     np.testing.assert_array_equal(nothing.relative[:3], 0)
+
+
+def test_over_a_data_set_an_lpa_with_several_sites_perturbs_all_batches_but_the_one_where_it_compares():
+    """Steps go on from batch to batch: with all of them the first of an epoch there would be nothing to see. None compiles anew."""
+    rng, traced = np.random.default_rng(1), []
+    params, _ = problem()
+    x, labels = rng.normal(size=(32, D)), np.arange(32) % 3
+    model = {**MODEL, "features": lambda w, a: (traced.append(1), MODEL["features"](w, a))[1]}
+
+    def relative(site, batches):
+        method = pj.lpa(site=site, bound=0.5, beta=1.0, direction=1.0, every=3)
+        given = dict(site="features", num_classes=C, batch_size=8, batches=batches)
+        del traced[:]
+        return activation_variations(method, model, params, x, labels, **given).relative[:3], len(traced)
+
+    (found, first), (fewer, second) = (relative(("stage1", "features"), batches) for batches in (None, 2))
+    assert first == second and (fewer > 0.02).all()
+    np.testing.assert_allclose(found / relative("features", None)[0], 3 / 4, atol=0.1)  # the first of four is left alone

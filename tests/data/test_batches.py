@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbjax.data import epoch_order, evaluation_batches
+from perturbjax.data import balanced_order, epoch_order, evaluation_batches
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 9), st.integers(0, 9))
@@ -42,6 +42,28 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_epoch_order_errors(args, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         epoch_order(*args)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=50), st.integers(1, 50), st.integers(0, 9), st.integers(0, 9))
+@settings(deadline=None, max_examples=60)
+def test_a_balanced_epoch_has_all_classes_alike_and_each_sample_of_a_class_alike(labels, size, seed, epoch):
+    labels, size = np.array(labels), min(size, len(labels))
+    order = balanced_order(labels, size, seed, epoch)
+    assert order.shape == epoch_order(len(labels), size, seed, epoch).shape and order.dtype == np.int32
+    number = np.bincount(order.reshape(-1), minlength=len(labels))
+    per_class = [number[labels == c].sum() for c in np.unique(labels)]
+    assert max(per_class) - min(per_class) <= 1
+    for c in np.unique(labels):
+        assert np.ptp(number[labels == c]) <= 1
+    np.testing.assert_array_equal(order, balanced_order(labels, size, seed, epoch))
+
+
+def test_balanced_epochs_and_seeds_have_orders_of_their_own():
+    labels = np.arange(90) % 3 // 2
+    orders = {balanced_order(labels, 90, seed, epoch).tobytes() for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+    first = [labels[balanced_order(labels, 9, 0, epoch)[0]].mean() for epoch in range(40)]
+    assert np.std(first) > 0.05  # shuffled: single batches vary
 
 
 @given(st.integers(1, 40), st.integers(1, 40))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from experiments import audit, train
-from perturbjax.data import load
+from perturbjax.data import Dataset, check, load
+from perturbjax.data.text import build_words
 
 pytestmark = pytest.mark.optax_promotes  # schedules
 
@@ -87,6 +88,64 @@ def test_folds_seeds_and_relabelling(tmp_path):
     assert len(relabelled.train_labels) == len(digits.train_labels)
     assert np.mean(relabelled.train_labels != digits.train_labels) < 0.12
     train.main(["--data", str(tmp_path / "cleaned.npz"), "--view", "none", "--epochs", "1", "--out", str(tmp_path / "run")])
+
+
+def arrays(**more):
+    """A data set of 12 samples of three classes, whose last class has two."""
+    labels = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2])
+    images = np.arange(12 * 16, dtype=np.uint8).reshape(12, 4, 4)
+    return check(Dataset("mine", images, labels, images[:3] + 50, labels[[0, 5, 10]], ("a", "b", "c"), **more)), labels
+
+
+@pytest.mark.parametrize("relabel", [False, True])
+def test_the_cleaned_set_keeps_validation_set_domains_and_names(relabel, tmp_path):
+    domains = np.arange(12) % 2
+    dataset, labels = arrays(
+        train_domains=domains, test_domains=np.array([1, 0, 1]), domain_names=("day", "night"), train_index=np.arange(12)[::-1] + 5,
+        validation_images=np.full([4, 4, 4], 9, np.uint8), validation_labels=np.array([2, 1, 0, 2]),
+    )  # fmt: skip
+    flagged, suggestion = np.arange(12) % 4 == 1, (labels + 1) % 3
+    audit.write_cleaned(tmp_path / "cleaned.npz", dataset, flagged, suggestion, relabel=relabel)
+    found, kept = load(tmp_path / "cleaned.npz"), np.ones(12, bool) if relabel else ~flagged
+    assert (found.class_names, found.domain_names) == (("a", "b", "c"), ("day", "night"))
+    np.testing.assert_array_equal(found.train_labels, np.where(flagged, suggestion, labels)[kept])
+    for name in ("train_images", "train_index", "train_domains"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(dataset, name)[kept], err_msg=name)
+    for name in ("test_images", "test_labels", "test_domains", "validation_images", "validation_labels"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(dataset, name), err_msg=name)
+
+
+def test_the_cleaned_texts_keep_their_validation_set(tmp_path):
+    texts = np.array(["good film", "bad film", "a good one", "très mauvais", "a bad one", "fine"], object)
+    tokenizer = build_words(texts)
+    rows, labels = tokenizer.rows(texts), np.array([1, 0, 1, 0, 0, 1])
+    dataset = check(
+        Dataset("toy", rows, labels, rows[:2], labels[:2], ("neg", "pos"), tokenizer=tokenizer, train_texts=texts, test_texts=texts[:2],
+                validation_images=rows[2:4], validation_labels=labels[2:4], validation_texts=texts[2:4])
+    )  # fmt: skip
+    audit.write_cleaned(tmp_path / "cleaned.npz", dataset, np.arange(6) == 1, 1 - labels, relabel=False)
+    found = load(tmp_path / "cleaned.npz")
+    assert found.train_texts.tolist() == [t for i, t in enumerate(texts) if i != 1]
+    assert found.test_texts.tolist() == texts[:2].tolist() and found.validation_texts.tolist() == texts[2:4].tolist()
+    np.testing.assert_array_equal(found.validation_labels, dataset.validation_labels)
+
+
+@pytest.mark.parametrize("relabel", [False, True])
+def test_no_class_is_cleaned_away(relabel, tmp_path):
+    dataset, labels = arrays()
+    flagged = labels != 0  # all of b and c; those of c are to become b, those of b to become a
+    suggestion = np.where(labels == 2, 1, 0)
+    audit.write_cleaned(tmp_path / "cleaned.npz", dataset, flagged, suggestion, relabel=relabel)
+    found = load(tmp_path / "cleaned.npz")  # refuses classes without samples
+    np.testing.assert_array_equal(found.train_labels, labels)
+
+
+def test_only_the_classes_that_would_vanish_keep_flagged_samples():
+    _, labels = arrays()
+    flagged = (labels == 2) | (np.arange(12) == 0)
+    for relabel, expected in ((False, labels[1:]), (True, np.where(np.arange(12) == 0, 1, labels))):
+        kept, found = audit.cleaned(labels, flagged, np.where(labels == 2, 0, 1), 3, relabel=relabel)
+        np.testing.assert_array_equal(found[kept], expected)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,20 @@
 """experiments/domains.py: leave one domain out from end to end, what is shared, chosen and resumed, and bad input."""
 
+import dataclasses
+import itertools
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import compare, domains, shared
 from perturbjax import spec
-from perturbjax.data.domains import pooled, split_domains
-from perturbjax.training.step import compiled_step
+from perturbjax.activation.lpa_sites import comparing
+from perturbjax.data.domains import domain_batches, pooled, split_domains
+from perturbjax.training import init_state
+from perturbjax.training.step import build, compiled_step, pixels
 
 pytestmark = pytest.mark.optax_promotes  # schedules
 
@@ -112,6 +118,80 @@ def test_one_compiled_step_serves_all_left_out_domains_and_seeds(data, tmp_path,
     assert "0 of 12 runs trained, 0 compiled steps" in capsys.readouterr().out
     assert found(tmp_path)["methods"]["swad"] == swad
     assert len(erm["domains"]["art"]["values"]) == 2 and "±" in (tmp_path / "table.md").read_text()
+
+
+def test_c_uat_over_domains_and_manifold_mixup_run(data, tmp_path):
+    methods = ["cuat(groups=domain)", "manifold_mixup"]
+    command = ["--data", data, *QUICK, "--steps", "4", "--seeds", "1", "--held-out", "art", "--out", str(tmp_path)]
+    domains.main([*command, "--methods", ", ".join(methods)])
+    entries = found(tmp_path)["methods"]
+    uat, mixup = (entries[typed]["runs"][0]["curve"] for typed in methods)
+    assert uat["step"] == mixup["step"] == [2, 4] and np.isfinite([uat["loss"], mixup["loss"]]).all()
+    assert uat["metrics"] == {"cuat/inner_evaluations": [1, 1]} and mixup["metrics"] == {}
+
+
+def test_the_metrics_of_methods_are_in_the_curve(data, tmp_path, capsys):
+    """Each the mean over the steps since the evaluation before: those of single steps give those of pairs."""
+    typed, curves = "lpa(site=[stage1, stage2])", []
+    command = ["--data", data, *QUICK, "--steps", "4", "--seeds", "1", "--held-out", "art", "--methods", typed]
+    for every in ("1", "2"):
+        domains.main([*command, "--evaluate-every", every, "--out", str(tmp_path / every)])
+        curves.append(found(tmp_path / every)["methods"][typed]["runs"][0]["curve"])
+    single, pairs = curves
+    assert single["step"] == [1, 2, 3, 4] and {"lpa/site", "lpa/inner_evaluations"} < single["metrics"].keys()
+    for name, values in single["metrics"].items():
+        np.testing.assert_allclose(pairs["metrics"][name], np.reshape(values, (2, 2)).mean(1), rtol=1e-6, err_msg=name)
+    assert f"\n{typed}  " in capsys.readouterr().out  # the table's brackets are no markup
+
+
+def test_sites_are_compared_when_an_epoch_begins(data):
+    """An epoch of what is trained on, not of all samples with the left-out domain's, whose number tables by sample need."""
+    settings = domains.DomainsSettings(
+        data=data, model="mlp", width=4, steps=40, batch_size=6, methods="lpa(site=[stage1, stage2])"
+    )
+    [(method, numbers)] = domains.parse_methods(settings)[0].values()
+    whole = pooled(shared.load_view(settings, 0))
+    recipe = domains.recipe_of(settings, whole, method)
+    context = build(recipe, shared.make_numbers(settings, numbers), whole.class_counts)[0].context
+    due = [step for step in range(40) if comparing(context._replace(batch_size=recipe.batch_size, step=step), 1)]
+    assert due == list(range(0, 40, 6)) and recipe.steps_per_epoch == 6  # 80 % of 2 · 45 samples in batches of 12
+    assert context.num_examples == 135
+
+
+@pytest.mark.parametrize("freeze", [(), ("stage1",)], ids=["all trained", "stage1 frozen"])
+def test_statistics_of_averaged_weights_are_their_mean_over_batches_wherever_they_start(data, freeze):
+    settings = domains.DomainsSettings(data=data, model="cnn", width=2, steps=3, batch_size=6, augment=False, freeze=freeze)
+    [(method, numbers)] = domains.parse_methods(dataclasses.replace(settings, methods="swad"))[0].values()
+    whole = pooled(shared.load_view(settings, 0))
+    recipe, split = domains.recipe_of(settings, whole, method), split_domains(whole, 0, seed=0)
+    state = init_state(recipe, shared.make_numbers(settings, numbers), domains.sample(whole), 0)
+    far = state._replace(stats=jax.tree.map(lambda x: 1e4 + 7 * x, state.stats))
+    frozen = lambda stats: stats["stage1"] if freeze else {}
+    if freeze:  # what is frozen runs on its own statistics
+        far.stats["stage1"] = state.stats["stage1"]
+    ours, other = (domains.with_statistics(recipe, s, domains.on_device(whole), split, settings, 0).stats for s in (state, far))
+    jax.tree.map(np.testing.assert_array_equal, ours, other)
+    jax.tree.map(np.testing.assert_array_equal, frozen(ours), frozen(state.stats))
+
+    @jax.jit
+    def of_batch(images):
+        """What a pass leaves of zeros and of ones tells the batch's own statistics, whatever the momentum."""
+        put = lambda number: (
+            jax.tree.map(lambda x: jnp.full_like(x, number), state.stats)
+            | ({"stage1": state.stats["stage1"]} if freeze else {})
+        )
+        run = lambda stats: recipe.model.apply(
+            {"params": state.params, "batch_stats": stats}, pixels(images), train=True, mutable=["batch_stats"]
+        )
+        zero, one = (run(put(number))[1]["batch_stats"] for number in (0.0, 1.0))
+        return jax.tree.map(lambda a, b: a / (1 - (b - a)), zero, one)
+
+    batches = list(itertools.islice(domain_batches(split.train, 6, seed=0), 3))
+    per_batch = [of_batch(jnp.asarray(whole.train_images[rows])) for rows in batches]
+    mean = jax.tree.map(lambda *x: sum(x) / 3, *per_batch)
+    trained = lambda stats: {site: part for site, part in stats.items() if site not in freeze}
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, trained(ours), trained(mean))
 
 
 def test_it_learns_what_the_domains_share(tmp_path):

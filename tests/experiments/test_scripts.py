@@ -113,6 +113,27 @@ def test_an_npz_file_of_ones_own(tmp_path):
     assert results(tmp_path / "out")["data"]["train_size"] == 300
 
 
+def test_texts_in_an_npz_file_are_learnt_with_perturbed_words(tmp_path):
+    """The taxonomy paper's protocol comes with the model's name."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 2
+    texts = [" ".join(rng.permutation(["a", "film", *rng.choice(["the", "was", "so"], 3), ("bad", "good")[y]])) for y in labels]
+    arrays = dict(train_text=texts[:80], train_labels=labels[:80], test_text=texts[80:], test_labels=labels[80:])
+    np.savez(tmp_path / "MR.npz", class_names=np.array(["neg", "pos"]), **arrays)
+    method = "mixpert(eps1=0.1, eps2=0.01)"
+    flags = ["--data", str(tmp_path / "MR.npz"), "--model", "bilstm", "--method", method, "--width", "8", "--batch-size", "8"]
+    train.main([*flags, "--learning-rate", "0.005", "--out", str(tmp_path / "run")])
+    found = results(tmp_path / "run")
+    assert (found["data"]["train_size"], found["settings"]["epochs"], found["settings"]["optimizer"]) == (80, 6, "adamw")
+    [entry] = found["methods"].values()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines]
+    assert len(losses) == 6 and np.isfinite(losses).all() and losses[-1] < 0.5 * losses[0]
+    assert all(line["mixpert/inner_evaluations"] > 0 for line in lines)  # it searched at the words' vectors
+    assert entry["accuracy"]["values"][0] > 0.9 and entry["inner_evaluations"] > 0
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 PLUGIN = '''"""Source: a test."""
 import perturbjax as pj
 

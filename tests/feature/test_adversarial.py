@@ -1,6 +1,7 @@
 """perturbjax.feature.adversarial: one kernel for samples, classes and the corpus, its projections, its checks, and devices."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import perturbjax as pj
+from perturbjax.training import init_state
+from perturbjax.training.step import device_data
 from tests.feature.problem import B, C, D, H, W, images, losses_of, slope_of, weights
+from tests.training.problem import NUMBERS, dataset, recipe
 
 Y = np.array([0, 2, 2, 0, 0, 2, 0, 0])  # class 1 is absent
 PROJECTED = {"linf": lambda d, e: np.clip(d, -e, e), "l2": lambda d, e: d * min(1, e / max(np.linalg.norm(d), 1e-30))}
@@ -198,6 +202,63 @@ class TestMessages:
             ValueError, match=rf"{make.__name__} needs floating values at the site 'input', got int32. .*embedding"
         ):
             made(jnp.zeros(C), made.init(jnp.zeros(C), x), pj.batch(x, jnp.zeros(2, jnp.int32)))
+
+
+GREY = dict(bound=8.0, step_size=2.0, value_range=(0.0, 255.0))
+CLIPPING = {
+    **{make.__name__: (make, GREY) for make in ALL if make is not pj.mixed_uat},
+    "mixed_uat": (pj.mixed_uat, GREY | dict(universal_bound=4.0, universal_step_size=1.0)),
+    "akd": (pj.akd, GREY),
+    "regpert": (pj.regpert, dict(value_range=(0.0, 255.0))),
+    "ada": (pj.ada, dict(value_range=(0.0, 255.0), features="input")),
+    "mixpert": (partial(pj.mixpert, eps2=0.1), dict(eps2=8.0, value_range=(0.0, 255.0))),
+}
+
+
+@pytest.mark.parametrize(("name", "make", "grey"), [(name, *what) for name, what in CLIPPING.items()], ids=CLIPPING)
+def test_images_in_other_units_than_the_range_are_told_at_init(name, make, grey):
+    """They would be clipped to white, or hardly perturbed, without a word. In a trace and of shapes alone nothing can be seen."""
+
+    def init(link, x):
+        return pj.objective(lambda w, x: x.reshape(x.shape[0], -1) @ w, link, num_classes=C).init(jnp.zeros([D, C]), x)
+
+    ours, levels = (
+        jnp.asarray(images(4, low=0.0, high=1.0), jnp.float32),
+        jnp.asarray(images(4, low=0.0, high=255.0), jnp.float32),
+    )
+    own = {"features": "input"} if name == "ada" else {}
+    with pytest.raises(
+        ValueError, match=rf"{name} needs inputs in value_range, \[0, 1\], got [\d.]+ to 2\d\d.*Write images / 255"
+    ):
+        init(make(**own), levels)
+    with pytest.raises(
+        ValueError, match=rf"{name} needs inputs in the units of value_range, \[0, 255\], .* Write value_range=\(0.0"
+    ):
+        init(make(**grey), ours)
+    init(make(**own), ours), init(make(**grey), levels), init(make(**own), jax.ShapeDtypeStruct(levels.shape, levels.dtype))
+    init(make(**own, value_range=None), levels), init(make(**grey), jnp.zeros_like(levels))
+    jax.jit(lambda x: init(make(**own), x) and 0)(levels)
+
+
+def test_the_trainer_s_images_are_in_0_1():
+    """Grey levels on the command line end before training, also where the images are whole numbers up to 255."""
+    build = lambda numbers: (pj.adversarial_training(bound=8, step_size=2, value_range=(0.0, 255.0)),)
+    with pytest.raises(
+        ValueError, match=r"adversarial_training needs inputs in the units of value_range, \[0, 255\], got none above 1"
+    ):
+        init_state(recipe(build), NUMBERS, device_data(dataset()), 0)
+
+
+@pytest.mark.parametrize("make", ALL[1:], ids=lambda f: f.__name__)
+def test_images_of_another_size_than_at_init_are_named(make):
+    made = pj.objective(lambda w, x: x.mean((1, 2))[:, None] * w[None], make(), num_classes=C)
+    w, y = jnp.ones(C), jnp.zeros(2, jnp.int32)
+    states = made.init(w, jnp.zeros([2, H, W]))
+    with pytest.raises(
+        ValueError,
+        match=rf"{make.__name__} needs values of one size at the site 'input', \({H}, {W}\) as at init, got \(5, 4\).* Resize them, or",
+    ):
+        made(w, states, pj.batch(jnp.zeros([2, 5, 4]), y))
 
 
 @pytest.mark.parametrize("make", ALL, ids=lambda f: f.__name__)

@@ -116,14 +116,14 @@ def test_no_gradient_leaks_through_the_perturbation():
 
 
 def test_inputs_that_are_no_pixels():
-    """value_range=None: nothing is clipped; the default would pull standardised inputs into [0, 1]."""
+    """value_range=None: nothing is clipped; the default would pull standardised inputs into [0, 1], and says so."""
     params, x, y = problem(-3.0, 3.0)
     *_, moved = run(pj.adversarial_training(bound=0.0, num_steps=1, value_range=None), params, x, y)
     np.testing.assert_array_equal(moved, x)
     *_, moved = run(pj.adversarial_training(bound=2.0, step_size=1.0, num_steps=2, value_range=(-3.0, 3.0)), params, x, y)
     assert moved.min() >= -3 and moved.max() <= 3 and np.abs(moved).max() > 1
-    *_, clipped = run(pj.adversarial_training(bound=0.0, num_steps=1), params, x, y)
-    np.testing.assert_allclose(clipped, np.clip(x, 0, 1), atol=1e-6)
+    with pytest.raises(ValueError, match=r"needs inputs in value_range, \[0, 1\], got -2.*Write .*value_range=None for inputs"):
+        run(pj.adversarial_training(bound=0.0, num_steps=1), params, x, y)
 
 
 def test_activations_are_not_clipped():

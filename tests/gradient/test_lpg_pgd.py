@@ -258,7 +258,7 @@ def test_samples_of_no_class_get_nothing_and_change_nothing(float64):
             lambda h, y, rows: pj.lpg_head_delta(h, a[rows], y, **kw),
             lambda h, y, rows: pj.lpg_full_delta(h, y, pulled(forward, params, x[rows]), **kw),
         ):
-            ours = quick(lambda h: find(h, jnp.asarray(padded), slice(None)))(h)
+            ours = quick(lambda h, y: find(h, y, slice(None)))(h, jnp.asarray(padded))
             without = quick(lambda h: find(h[2:], jnp.asarray(y[2:]), slice(2, None)))(h)
             np.testing.assert_array_equal(ours[:2], 0.0)
             np.testing.assert_allclose(ours[2:], without, rtol=1e-9, atol=1e-12)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import perturbjax as pj
 from perturbjax import spec, taxonomy
-from perturbjax.training import device_data, init_state, split_methods
+from perturbjax.training import device_data, fit, init_state, split_methods
 from perturbjax.training.step import as_arrays, compiled_step
 from tests import test_contract as contract
 from tests.training.problem import NUMBERS, dataset, recipe
@@ -162,3 +162,39 @@ def test_through_convolutions_and_batch_norm(model, lpg):
     assert_same(trained(f"lpg(bound=0, split=all, {lpg})", model=model), alone)
     both = trained(f"lpg(bound=0.3, split=all, {lpg})", model=model)
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), both, alone))) > 1e-4
+
+
+@pytest.mark.optax_promotes  # the schedule
+@pytest.mark.parametrize("method", ["lpg", "lpl", "lpa(site=features)"])
+def test_a_curriculum_typed_on_the_command_line_trains_with_the_bound_of_each_step(method):
+    """Of six steps the fourth is halfway: after three with the linear bound a step moves as with the constant one of that moment."""
+    name, settings = method.removesuffix(")").split("(") if "(" in method else (method, "")
+    typed = lambda bound: f"{name}(bound={bound}, split=all{settings and ', ' + settings})"
+
+    def step_of(bound, taken):
+        structure, numbers = spec.split_numbers(spec.parse_chain(typed(bound)), taxonomy.registry(), taxonomy.helpers())
+        r, step = program(structure, "mlp")
+        given, data = NUMBERS | {"method": numbers}, device_data(dataset())
+        state = init_state(r, given, data, 0)._replace(step=jnp.int32(taken))
+        assert r.total_steps == 6
+        state, metrics, _ = step(state, as_arrays(given), data, jnp.arange(16, dtype=jnp.int32)[None])
+        return jax.device_get(state.params), float(metrics["loss"][0])
+
+    ours, loss = step_of("linear(0.8, 0.2)", 3)
+    wanted, other = step_of("0.5", 3)
+    contract.assert_trees_close(ours, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(loss, other, rtol=1e-6)
+    first, _ = step_of("linear(0.8, 0.2)", 0)
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), first, wanted))) > 1e-5
+
+
+@pytest.mark.optax_promotes
+@pytest.mark.slow
+def test_training_stops_where_a_bound_turns_negative():
+    """Unseen on the host, where steps 0, 1 and 10 are looked at."""
+    late = lambda step: jnp.where(step == 10, 0.1, 0.25 - 0.1 * jnp.asarray(step, jnp.float32))
+    build = lambda numbers: (pj.lpg(bound=late, split="all"),)
+    with pytest.raises(
+        FloatingPointError, match="at step 4 .*It started at lpg .link 1 of 1, at site logit_gradient.*Lower its bound"
+    ):
+        fit(recipe(build), dataset(), NUMBERS, 0)

@@ -109,6 +109,8 @@ def test_place_is_asked_for_where_it_is_needed_only():
         by_optax(dict(), steps=1, place=("step",))
     with pytest.raises(ValueError, match="lpg_updates needs `step`, got none"):
         by_optax(dict(direction=SIGN, bound=lambda step: 0.1), steps=1, place=("epoch",))
+    with pytest.raises(ValueError, match="lpg_updates needs `progress`, got none.* progress=step / total_steps"):
+        by_optax(dict(direction=SIGN, bound=pj.linear(first=0.1, last=0)), steps=1)
 
 
 def test_a_bound_of_zero_is_the_plain_gradient_bit_for_bit():

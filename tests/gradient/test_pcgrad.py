@@ -117,7 +117,7 @@ def test_what_earlier_links_did_to_the_gradient_is_kept(float64):
     np.testing.assert_allclose(flat(b) - flat(a), 0.5, rtol=1e-9)
 
 
-def test_domains_and_groups_of_neighbouring_classes(float64):
+def test_domains_and_groups_of_classes_with_neighbouring_indices(float64):
     params, x, y, domains = data()
     by_domain = np.array([part(params, x, y, domains == d) for d in range(3)])
     wanted = surgery(by_domain, np.asarray(random_orders(KEY, 3))).sum(0)

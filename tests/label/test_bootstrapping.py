@@ -138,4 +138,4 @@ def test_previous_predictions_need_a_table(problem):
         run(w, x, y, pj.bootstrapping(previous=True))
     made = pj.objective(MODEL, pj.bootstrapping(previous=True), num_classes=C, num_examples=5)
     with pytest.raises(ValueError, match=r"bootstrapping needs indices in 0\.\.4, got 5 at position 5"):
-        made(w, made.init(w, x), pj.batch(x, jnp.asarray(y)))
+        made(w, made.init(w, x), pj.batch(x, jnp.asarray(y), index=jnp.arange(len(y))))

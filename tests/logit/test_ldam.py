@@ -125,13 +125,24 @@ def test_drw_is_torch_s_weighted_mean_from_its_start_on(batch):
     np.testing.assert_allclose(mean, run(both, u, y)[0], rtol=1e-4)
 
 
-def test_samples_without_weight_stay_out_of_the_average(batch):
+def test_the_average_is_by_the_class_weights_alone_so_that_parts_of_the_loss_add_up(batch):
+    """As PCGrad, DP-SGD and the gradient view need it: weights of samples choose, and class weights stay between the classes."""
     u, y = batch
-    given_weights = np.r_[np.zeros(4), np.ones(7)]
-    some, _ = run(pj.ldam(drw=True), u[4:], y[4:], progress=1.0)
-    found, _ = run(pj.ldam(drw=True), u, y, progress=1.0, weights=jnp.asarray(given_weights))
-    np.testing.assert_allclose(found, some * 7 / 11, rtol=1e-6)
+    losses, weights = cross_entropy(u - 30 * MARGINS[y][:, None] * np.eye(C)[y], y), effective(COUNTS)[y]
+    given = np.random.default_rng(1).uniform(0, 2, 11)
+    found, _ = run(pj.ldam(drw=True), u, y, progress=1.0, weights=jnp.asarray(given))
+    np.testing.assert_allclose(found, (given * weights * losses).sum() / weights.sum(), rtol=1e-4)
+    parts = [run(pj.ldam(drw=True), u, y, progress=1.0, weights=jnp.asarray(y == c, float))[0] for c in range(C)]
+    np.testing.assert_allclose(sum(parts), run(pj.ldam(drw=True), u, y, progress=1.0)[0], rtol=1e-9)
     assert run(pj.ldam(drw=True), u, y, progress=1.0, weights=jnp.zeros(11))[0] == 0
+
+
+def test_padding_stays_out_of_the_average(batch):
+    u, y = batch
+    some, _ = run(pj.ldam(drw=True), u[4:], y[4:], progress=1.0)
+    padded = np.r_[np.full(4, -1), y[4:]].astype(np.int32)
+    found, _ = run(pj.ldam(drw=True), u, padded, progress=1.0, weights=jnp.asarray(np.r_[np.zeros(4), np.ones(7)]))
+    np.testing.assert_allclose(found, some * 7 / 11, rtol=1e-6)
 
 
 def test_drw_before_its_start_changes_nothing_bit_for_bit(batch):

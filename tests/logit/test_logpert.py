@@ -121,7 +121,7 @@ def test_extreme_logits_stay_finite(scale):
 
 def test_bfloat16_is_computed_in_float32_and_padding_is_left_alone():
     u = jnp.array([[3.0, 0.5, 0.25], [3.0, 0.5, 0.25]], jnp.bfloat16)
-    delta = pj.logpert_delta(u, jnp.array([1, -1]), weight=0.35)
+    delta = jax.jit(pj.logpert_delta)(u, jnp.array([1, -1]), weight=0.35)
     assert delta.dtype == jnp.float32 and delta[0, 1] > 2
     np.testing.assert_array_equal(delta[1], 0)
 
@@ -254,7 +254,7 @@ def test_memory_ranks_wrong_labels_first():
     w, x = jnp.zeros([4, 2]), jnp.asarray(x, jnp.float32)
     states, step = made.init(w, x), jax.jit(jax.grad(made, has_aux=True))
     for _ in range(30):
-        grad, out = step(w, states, pj.batch(x, y))
+        grad, out = step(w, states, pj.batch(x, y, index=jnp.arange(200)))
         w, states = w - 0.5 * grad, out.states
     size, visits = pj.perturbation_sizes(states)
     assert (visits == 30).all()

@@ -276,8 +276,8 @@ def test_errors_say_what_was_given(problem):
         pj.mixpert(tau=0, adaptive=True)
     with pytest.raises(ValueError, match="mixpert needs eps1 >= 0, got -2"):
         pj.mixpert(eps1=-2)
-    with pytest.raises(ValueError, match="mixpert needs eps2 <= 1, got 8"):
-        pj.mixpert(eps2=8)  # pixels are in [0, 1]: 8/255
+    with pytest.raises(ValueError, match="mixpert needs eps2 <= 1, got 8: .* Write eps2=8/255 if you count in grey"):
+        pj.mixpert(eps2=8)
     with pytest.raises(ValueError, match="mixpert needs form to be one of its names, got 'box'"):
         pj.mixpert(form="box")
     with pytest.raises(ValueError, match="mixpert needs passes when eps2 or clean_weight is traced"):

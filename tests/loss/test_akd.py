@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import perturbjax as pj
-from perturbjax.feature.adversarial_training import random_start
+from perturbjax.feature.adversarial import random_start
+from perturbjax.models import create
+from perturbjax.training.folder import keep_model
 from tests.loss.problem import B, C, D, cross_entropy, linear, log_softmax, onehot, run
 
 T = np.random.default_rng(7).normal(size=(D, C))
@@ -92,8 +94,35 @@ def test_errors_say_what_was_given():
     for wrong, message in [
         (dict(weight=-1.0), "akd needs weight >= 0, got -1"),
         (dict(temperature=0.0), "akd needs temperature > 0, got 0"),
+        (dict(bound=8.0), "akd needs bound <= 1, got 8: .* Write bound=8/255 if you count in grey levels"),
+        (dict(step_size=2.0), "akd needs step_size <= 1, got 2: .* Write step_size=2/255"),
         (dict(norm="l3"), "akd needs norm to be one of its names, got 'l3'"),
         (dict(teacher="nowhere"), "akd needs teacher to be the folder of a run, got 'nowhere'"),
     ]:
         with pytest.raises(ValueError, match=message):
             pj.akd(**wrong)
+
+
+def test_a_teacher_of_texts_has_to_take_vectors(tmp_path):
+    """The words' vectors are moved, so it never sees tokens: said before training, not from within its trace."""
+    model = create("bilstm", num_classes=2, vocabulary_size=7, embedding=3, width=2)
+    tokens = jnp.array([[1, 2, 3, 0], [4, 5, 6, 1]], jnp.int32)
+    variables = model.init(jax.random.key(0), tokens)
+    made = lambda teacher: pj.objective(model, pj.akd(teacher=teacher, num_steps=1), num_classes=2)
+    init = lambda teacher: made(teacher).init(variables["params"], tokens)
+
+    keep_model(tmp_path, model)
+    with pytest.raises(
+        ValueError, match=r"akd needs a teacher of the values at 'embedding', .* which reads texts. Write kd\(teacher="
+    ):
+        init(str(tmp_path))
+    reads_tokens = pj.Teacher(lambda v, x: model.apply(v, x), variables)
+    with pytest.raises(
+        ValueError, match=r"akd needs a teacher for inputs \(2, 4, 3\), got its function, which doesn't take them"
+    ):
+        init(reads_tokens)
+
+    takes_vectors = pj.Teacher(lambda v, x: model.apply(v, x, start="embedding"), variables)
+    for teacher in (takes_vectors, "virtual"):
+        loss, _ = made(teacher)(variables["params"], init(teacher), pj.batch(tokens, jnp.array([0, 1])))
+        assert np.isfinite(loss)

@@ -52,3 +52,23 @@ def test_errors_say_what_was_given():
     made = pj.objective(lambda w, x: x @ w, pj.balanced_fine_tuning(), num_classes=C, class_counts=np.array([3, 0, 2, 1]))
     with pytest.raises(ValueError, match="got none of class 1"):
         made.init(jnp.ones([5, C]), jnp.ones([2, 5]))
+
+
+def test_class_balanced_batches_need_no_weights_but_somebody_who_draws_them(problem):
+    w, x, y = problem
+    late = dict(progress=0.95)
+    link = pj.balanced_fine_tuning(form="samples", start=0.8)
+    drawn = dict(class_counts=COUNTS, balanced_from=0.8)
+    out, grad = run(w, x, y, link, settings=drawn, options=late)
+    plain, expected = run(w, x, y, ())
+    np.testing.assert_array_equal(out.losses, plain.losses)
+    np.testing.assert_array_equal(grad, expected)
+    for settings, got in ((dict(), "none"), (dict(balanced_from=0.5), "them after 0.5")):
+        with pytest.raises(
+            ValueError, match=f"balanced_fine_tuning needs class-balanced batches .* 0.8 of training, got {got}"
+        ):
+            run(w, x, y, link, settings=dict(class_counts=COUNTS) | settings)
+    with pytest.raises(ValueError, match="balanced_fine_tuning needs form to be one of its names, got 'draws'"):
+        pj.balanced_fine_tuning(form="draws")
+    with pytest.raises(ValueError, match="balanced_fine_tuning needs rate >= 0, got -1"):
+        pj.balanced_fine_tuning(form="samples", rate=-1.0)

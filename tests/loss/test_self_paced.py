@@ -64,6 +64,17 @@ def test_no_ramp_takes_all_at_once_and_a_schedule_sets_the_threshold(problem):
     np.testing.assert_allclose(out.losses, np.minimum(losses, 0.8), rtol=1e-12)
 
 
+def test_a_threshold_may_follow_the_progress_and_a_negative_one_is_nan(problem):
+    w, x, y = problem
+    losses = cross_entropy(x @ w, onehot(y))
+    out, _ = run(w, x, y, pj.self_paced(tau=pj.linear(first=0.5, last=1.5)), options=dict(progress=0.5))
+    np.testing.assert_allclose(out.losses, np.minimum(losses, 1.0), rtol=1e-6)
+    for kind in ("hard", "linear"):
+        falls = pj.self_paced(tau=lambda step: jnp.where(step == 4, -1.0, 1.0), kind=kind)
+        assert np.isfinite(run(w, x, y, falls, options=dict(step=3))[0].losses).all()
+        assert np.isnan(run(w, x, y, falls, options=dict(step=4))[0].losses).all()
+
+
 def test_quantile_is_the_smallest_loss_that_a_share_does_not_exceed():
     losses = jnp.asarray(np.random.default_rng(0).permutation(10), jnp.float32)
     for level, expected in [(0.05, 0), (0.1, 0), (0.3, 2), (0.31, 3), (0.9, 8), (1.0, 9)]:
@@ -85,6 +96,8 @@ def test_errors_say_what_was_given():
         (dict(start=0.0), "self_paced needs 0 < start <= 1, got 0"),
         (dict(ramp=1.5), "self_paced needs 0 <= ramp <= 1, got 1.5"),
         (dict(tau=0.0), "self_paced needs tau > 0, got 0"),
+        (dict(tau=lambda step: -1.0), "self_paced needs tau >= 0 at every step, got -1 at step 0"),
+        (dict(tau=pj.by_rate()), "self_paced needs tau to follow the progress, got by_rate"),
         (dict(kind="soft"), "self_paced needs kind to be one of its names, got 'soft'"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -122,7 +122,7 @@ def test_weights_load_under_their_other_names(tmp_path, params):
     plain = load_bert(write_safetensors(tmp_path / "a.safetensors", WEIGHTS), params)
     # bert-base-uncased: for pre-training, with a head and the norms' old names; a fine-tuned classifier
     old = lambda name: "bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-    head = {"cls.predictions.bias": np.zeros(10, np.float32)}
+    head = {"cls.predictions.bias": np.zeros(10, np.float32), "bert.embeddings.position_ids": np.arange(7)[None]}
     other = load_bert(write_safetensors(tmp_path / "b.safetensors", {old(k): v for k, v in WEIGHTS.items()} | head), params)
     jax.tree.map(np.testing.assert_array_equal, other, plain)
     head = {"classifier.weight": np.arange(24, dtype=np.float32).reshape(3, 8), "classifier.bias": np.ones(3, np.float32)}
@@ -204,6 +204,10 @@ FOREIGN = {
     "words": (changed(**{"embeddings.word_embeddings.weight": np.zeros([11, 8], np.float32)}), r"of shape \(10, 8\), got \(11, 8\)"),
     "shape": (changed(**{QUERY: np.zeros([8, 9], np.float32)}), r"query.weight of shape \(8, 8\), got \(9, 8\).*\*\*bert_fields"),
     "layers": (weights_of(layers=3), "needs weights of 2 layers, got 3 in .*num_layers=3"),
+    "adapters": (
+        changed(**{"encoder.layer.0.output.adapters.up.weight": np.zeros([8, 2], np.float32)}),
+        "a plain BERT, got encoder.layer.0.output.adapters.up.weight too .1 arrays without a place.",
+    ),
     "positions": (weights_of(positions=6), r"position_embeddings.weight of shape \(7, 8\), got \(6, 8\)"),
 }  # fmt: skip
 

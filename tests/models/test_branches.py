@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import perturbjax as pj
 from experiments import shared
 from perturbjax.models import ResNet, ShakeResNet, WideResNet, create
 from perturbjax.models.blocks import Ops
@@ -65,6 +66,23 @@ def test_equal_factors_are_the_ordinary_gradient():
     factor, x = jnp.array([0.3, 1.0, -2.0]), jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
     ours = jax.grad(lambda x: jnp.sin(scaled(x, factor, factor)).sum())(x)
     np.testing.assert_allclose(ours, jax.grad(lambda x: jnp.sin(factor[:, None] * x).sum())(x), rtol=1e-6)
+
+
+def test_a_search_before_a_branch_follows_the_backward_factors():
+    """As shake.py says: δ of one raw step is the loss's gradient at α x with β for α, here of the other sign for the first sample."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
+    alpha, beta, y = jnp.array([-0.8, 0.5, 1.0]), jnp.array([0.6, 0.1, 1.0]), np.array([0, 2, 1])
+    at = pj.adversarial_training(
+        bound=10.0, step_size=1.0, num_steps=1, norm="l2", step="raw", value_range=None, random_starts=False
+    )
+    see = pj.Perturbation("input", lambda c: (), lambda flow, rest, s, c: (flow, s, {"value": flow.value}), name="seen")
+    made = pj.objective(lambda w, x: scaled(x, alpha, beta) @ w, pj.chain(at, see), num_classes=3)
+    _, out = made(w, made.init(w, x), pj.batch(x, y))
+    p = np.exp(u := np.asarray(alpha)[:, None] * x @ w) / np.exp(u).sum(1, keepdims=True)
+    np.testing.assert_allclose(
+        out.metrics["seen/value"] - x, np.asarray(beta)[:, None] * ((p - np.eye(3)[y]) @ w.T), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_the_rate_rises_linearly_to_the_last_block():

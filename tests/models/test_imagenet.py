@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import shared
+from perturbjax import models
 from perturbjax.data import Dataset, check
 from perturbjax.models import ImageNetResNet, create, load_resnet, resnet_fields
 from perturbjax.models.describe import describe, from_description
@@ -138,6 +139,11 @@ def test_other_nets_other_sizes_and_damaged_files_are_named(tmp_path, variables)
     lacking = {name: array for name, array in WEIGHTS.items() if name != "layer2.0.bn2.running_var"}
     with pytest.raises(ValueError, match="layer2.0.bn2.running_var among them"):
         load_resnet(write("lacking", lacking), variables)
+    squeezed = WEIGHTS | {f"layer1.0.se.fc{i}.weight": np.zeros([8, 8, 1, 1], np.float32) for i in (1, 2)}
+    with pytest.raises(
+        ValueError, match="a plain ResNet, got layer1.0.se.fc1.weight, layer1.0.se.fc2.weight too .2 arrays without a place. in"
+    ):
+        load_resnet(write("squeezed", squeezed), variables)
     whole = write("whole", WEIGHTS)
     whole.write_bytes(whole.read_bytes()[:-9])
     with pytest.raises(ValueError, match="read_safetensors needs a whole .safetensors file"):
@@ -179,12 +185,16 @@ def test_it_comes_back_from_its_description_and_bad_fields_are_named():
             ImageNetResNet(blocks=wrong, **SHARED)
 
 
-def test_a_run_starts_from_the_weights_with_their_statistics_and_normalisation(tmp_path):
+def small_dataset(channels):
+    random, labels = np.random.default_rng(0), np.arange(12, dtype=np.int32) % 3
+    images = lambda number: random.integers(0, 256, (number, 8, 8, channels), np.uint8)
+    return check(Dataset("mine", images(12), labels, images(6), labels[:6]))
+
+
+def test_a_run_starts_from_the_weights_with_their_statistics_and_normalisation(tmp_path, monkeypatch):
+    monkeypatch.setitem(models._MODELS, "resnet50", partial(ImageNetResNet, blocks=(2, 1)))  # a named net that compiles fast
     file = write_safetensors(tmp_path / "model.safetensors", WEIGHTS)
-    random = np.random.default_rng(0)
-    images = lambda number, channels: random.integers(0, 256, (number, 8, 8, channels), np.uint8)
-    labels = np.arange(12, dtype=np.int32) % 3
-    colour, grey = (check(Dataset("mine", images(12, c), labels, images(6, c), labels[:6])) for c in (3, 1))
+    colour, grey = small_dataset(3), small_dataset(1)
     settings = shared.Settings(model="resnet50", width=2, weights=str(file), batch_size=4)
     [(method, numbers)] = shared.parse_methods("ce").values()
     recipe = shared.make_recipe(settings, colour, method)
@@ -199,3 +209,21 @@ def test_a_run_starts_from_the_weights_with_their_statistics_and_normalisation(t
         ValueError, match="--weights needs texts and --model bert-base or of images resnet50, .*got images and cnn"
     ):
         shared.make_recipe(dataclasses.replace(settings, model="cnn"), colour, method)
+
+
+def test_weights_of_another_depth_than_the_named_net_are_an_error(tmp_path):
+    """Not a net of the file's depth under the other name."""
+    dataset, [(method, _)] = small_dataset(3), shared.parse_methods("ce").values()
+    made = lambda model, file: shared.make_recipe(shared.Settings(model=model, weights=str(file)), dataset, method).model
+    fifty, other = (
+        write_safetensors(tmp_path / name, weights_of(blocks=blocks))
+        for name, blocks in (("50", (3, 4, 6, 3)), ("26", (2, 2, 2, 2)))
+    )
+    assert made("resnet50", fifty).blocks == (3, 4, 6, 3)
+    with pytest.raises(
+        ValueError,
+        match=r"with \(3, 4, 23, 3\) blocks for --model resnet101, got \(3, 4, 6, 3\) in .* Write --model resnet50\.",
+    ):
+        made("resnet101", fifty)
+    with pytest.raises(ValueError, match=r"for --model resnet50, got \(2, 2, 2, 2\) in .* Give a resnet50's\."):
+        made("resnet50", other)

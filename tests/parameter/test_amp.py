@@ -38,11 +38,18 @@ def test_five_steps_with_momentum_and_decay_are_those_of_numpy(problem, norm_of,
 
 def test_every_tensor_or_all_together_stay_within_the_ball(problem):
     far = {n: 10 * v for n, v in problem.params.items()}
-    each = as_numpy(pj.amp_project(far, radius=0.5))
+    each = as_numpy(pj.amp_project(far, radius=0.5, norm="tensor"))
     np.testing.assert_allclose([np.linalg.norm(v) for v in each.values()], 0.5, rtol=1e-9)
-    np.testing.assert_allclose(norm(as_numpy(pj.amp_project(far, radius=0.5, norm="global"))), 0.5, rtol=1e-9)
+    np.testing.assert_allclose(norm(as_numpy(pj.amp_project(far, radius=0.5))), 0.5, rtol=1e-9)
     near = {n: 1e-3 * v for n, v in problem.params.items()}
     assert_close(pj.amp_project(near, radius=0.5), near, rtol=0)
+
+
+def test_by_default_the_ball_is_the_paper_s_one_over_all_parameters(problem):
+    """The authors' code bounds each of its tensors instead, and so goes √3 times as far here."""
+    for settings, length in ((dict(), 0.3), (dict(norm="global"), 0.3), (dict(norm="tensor"), 0.3 * 3**0.5)):
+        _, [moved] = one_update(problem, pj.amp(radius=0.3, step_size=1e6, **settings))
+        np.testing.assert_allclose(norm(added(moved, problem.params, -1)), length, rtol=1e-9)
 
 
 def test_a_long_first_step_is_sam(problem):

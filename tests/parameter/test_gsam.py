@@ -34,6 +34,15 @@ def test_five_steps_with_momentum_and_decay_are_those_of_numpy(problem, rate):
     assert_close(one_update(problem, ours, rate=rate)[0], one_update(problem, exact)[0], rtol=1e-5, atol=1e-8)
 
 
+def test_by_default_the_radius_is_a_constant_and_by_rate_follows_the_learning_rate(problem):
+    """From ρ_max at the highest rate to ρ_min at the lowest, given as its share of the highest."""
+    climbed = lambda link, rate: norm(added(one_update(problem, link, rate=rate)[1][0], problem.params, -1))
+    radius = pj.by_rate(high=0.4, low=0.1, floor=0.2)
+    for rate, rho in ((1.0, 0.4), (0.6, 0.25), (0.2, 0.1)):
+        np.testing.assert_allclose(climbed(pj.gsam(radius=radius), rate), rho, rtol=1e-5)
+        np.testing.assert_allclose(climbed(pj.gsam(), rate), 0.05, rtol=1e-6)
+
+
 def test_what_is_taken_away_is_orthogonal_to_the_perturbed_gradient(problem):
     """So the perturbed loss falls as fast as with SAM, to first order."""
     g = problem.gradient(problem.params)

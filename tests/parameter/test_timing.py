@@ -135,6 +135,9 @@ def test_a_number_that_turns_negative_later_becomes_nan():
     assert float(jax.jit(lambda t: at(falling, Place(t, None, None, None)))(20)) == 0
     assert np.isnan(jax.jit(lambda t: at(falling, Place(t, None, None, None)))(21))
     assert at(0.3, place()) == 0.3
+    number = jax.jit(lambda x: at(x, place()))  # as under optax.inject_hyperparams, or in the trainer's step
+    np.testing.assert_array_equal(number(0.3), np.float32(0.3))
+    assert np.isnan(number(-0.3)) and np.isnan(number(jnp.nan)) and float(number(0)) == 0
     assert float(at(lambda step: step, place(2))) == 2  # whole numbers, too
 
 
@@ -170,8 +173,8 @@ def test_a_misspelt_timing_is_answered_with_the_nearest_one():
         split("rts(timing=0.5)")
     with pytest.raises(ValueError, match="rts needs timing to be one of the timings, got 0.5. Write timing=pj.last"):
         pj.rts(timing=0.5)
-    with pytest.raises(ValueError, match="lpl needs bound to be"):
-        split("lpl(bound=cosine(1))")  # a course is no schedule of a bound
+    with pytest.raises(ValueError, match=r"lpg needs bound to follow the progress, got by_rate\(...\).* Write bound=cosine"):
+        split("lpg(bound=by_rate)")
 
 
 def test_they_are_what_the_annotations_say():

@@ -148,14 +148,16 @@ def test_several_devices_are_one_device(name, count, parallel):
     jax.tree.map(np.testing.assert_array_equal, several.opt_state[0].evaluations, one.opt_state[0].evaluations)
 
 
-def test_unsynchronised_perturbations_need_devices_that_have_gradients_of_their_own():
-    r = recipe(hold(lambda: pj.sam(radius=1.0, sync_perturbation=False)))
-    alone, synced = trained(r, Devices()), trained(recipe(hold(lambda: pj.sam(radius=1.0))), Devices())
+@some_fast(["sam", "asam", "gsam", "amp", "looksam", "esam", "pugd", "rts"], ["sam"])
+def test_unsynchronised_perturbations_need_devices_that_have_gradients_of_their_own(name):
+    link = getattr(pj, name)
+    r = recipe(hold(lambda: link(radius=1.0, sync_perturbation=False)))
+    alone, synced = trained(r, Devices()), trained(recipe(hold(lambda: link(radius=1.0))), Devices())
     jax.tree.map(np.testing.assert_array_equal, alone.params, synced.params)  # on one device there is one gradient
     mapped = trained(r, Devices(2, "pmap"))
     gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), mapped.params, synced.params)
     assert max(jax.tree.leaves(gap)) > 1e-5
-    with pytest.raises(ValueError, match="sam needs `local_grads` .* Write --parallel pmap, or sync_perturbation=true"):
+    with pytest.raises(ValueError, match=f"{name} needs `local_grads` .* Write --parallel pmap, or sync_perturbation=true"):
         trained(r, Devices(2))
 
 

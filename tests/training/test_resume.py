@@ -85,6 +85,30 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_undisturbed(undisturbed, tmp_p
     jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(np.asarray, dict(whole.state.params)))
 
 
+def adaptive(numbers):
+    return (pj.lpa(site=("stage1", "stage2"), bound=numbers[0], beta=1.0, direction=1.0, every=10),)
+
+
+def test_a_resumed_run_knows_the_site_that_was_chosen(tmp_path):
+    """The sites are compared in the first two epochs only, the run stops after those: what goes on comes from the checkpoint."""
+    r, lines = recipe(adaptive, epochs=EPOCHS), {}
+    stop = lambda epoch, found: os.kill(os.getpid(), signal.SIGTERM) if epoch == 1 else None
+    options = Options(log_every=1, say=lambda text: None)
+    with RunFolder(tmp_path / "whole") as folder:
+        whole = fit(r, dataset(), SETTINGS, 0, folder=folder, options=options)
+    with RunFolder(tmp_path / "resumed") as folder:
+        with pytest.raises(Interrupted):
+            fit(r, dataset(), SETTINGS, 0, folder=folder, on_epoch=stop, options=options)
+        assert_equal(fit(r, dataset(), SETTINGS, 0, folder=folder, options=options), whole)
+    for name in ("whole", "resumed"):
+        lines[name] = (tmp_path / name / "metrics.jsonl").read_text()
+    assert lines["resumed"] == lines["whole"]
+    logged = json.loads(lines["whole"].splitlines()[-1])
+    effects = [logged["lpa/effect_stage1"], logged["lpa/effect_stage2"]]
+    assert logged["lpa/site"] == np.argmax(effects) == 1 and min(effects) > 0  # a new state would have 0 and zeros
+    np.testing.assert_allclose(np.asarray(whole.state.states[0].effects), effects, rtol=1e-6)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path, number):
     stop = lambda epoch, found: os.kill(os.getpid(), number) if epoch == 1 else None

@@ -1,0 +1,58 @@
+r"""Robust regression (RR): squared loss of outputs that may be shifted anywhere, and pay λ per unit for it.
+
+    Σ_c min_{f_c} (u_c + f_c − y_c)² + λ|f_c|,    exact: f = −sign(r)·max(0, |r| − λ/2) with r = u − y
+
+The original is a linear regression whose responses are partly shuffled or wrong: ‖y − Xβ − √n f‖²/n + λ‖f‖₁, a sparse shift √n f of what
+the features predict, Xβ. Here u are a network's logits, its last layer's Xβ (our reading). The loss is Huber's of the residuals, the
+same as that of RLASSO, which moves the targets instead.
+Source: Slawski & Ben-David, "Linear Regression with Sparsely Permuted Data", Electronic Journal of Statistics 2019; taxonomy Table 1.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from perturbjax.checks import check_choice, check_number
+from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.inference.proximal import soft_threshold
+
+
+def sparse_shift(outputs: jax.Array, targets: jax.Array, *, weight: ArrayLike) -> jax.Array:
+    """f: [B, C], how far each output moves towards its target; a constant for the gradient.
+
+    >>> print(sparse_shift(jnp.array([[0.25, 2.0]]), jnp.array([[1.0, 0.0]]), weight=1.0))
+    [[ 0.25 -1.5 ]]
+    """
+    outputs = jax.lax.stop_gradient(outputs)
+    return -soft_threshold(outputs - targets.astype(outputs.dtype), jnp.asarray(weight, outputs.dtype) / 2)
+
+
+@method(
+    target="feature", direction=(-1,), inference="regularised", granularity="sample",
+    cite="Slawski & Ben-David, EJS 2019", off=None, alias="rr",
+)  # fmt: skip
+def robust_regression(*, weight: ArrayLike = 0.5, space: Literal["logit", "probability"] = "logit") -> Perturbation:
+    """Robust regression: Huber's loss of the logits (or probabilities), for samples whose label does not belong to them.
+
+    Replaces the cross entropy, so it comes before the other links of the loss. With logits it wants a lower learning rate, and
+    starts slowly; with probabilities it trains like cross entropy.
+
+    Args:
+      weight: λ > 0; residuals count squared up to λ/2 (everywhere, in `space` "probability", for λ ≥ 2).
+      space: shift logits or probabilities.
+
+    Metrics: shifted, the share of the outputs that are.
+    """
+    check_number("robust_regression", low=0, open_low=True, weight=weight)
+    check_choice("robust_regression", "space", space, ("logit", "probability"))
+
+    def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
+        outputs = flow.trace["logits"] if space == "logit" else jnp.exp(flow.trace["prediction"])
+        f = sparse_shift(outputs, flow.targets, weight=weight)
+        paid = jnp.asarray(weight, outputs.dtype) * jnp.abs(f)
+        losses = jnp.sum((outputs + f - flow.targets.astype(outputs.dtype)) ** 2 + paid, axis=-1)
+        return flow._replace(value=losses), state, {"shifted": jnp.mean((f != 0).astype(jnp.float32))}
+
+    return Perturbation("loss", lambda context: (), apply)
