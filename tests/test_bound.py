@@ -108,7 +108,7 @@ PARAMS = {"a": jnp.eye(4), "w": 0.3 * jax.random.normal(jax.random.key(1), [4, 3
         (pj.lpa, dict(site="stage1")),
         (pj.lpa, dict(site="stage1", step_size=0.1)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_whatever_takes_a_bound_has_a_gradient_of_nan_where_it_turns_negative(make, settings):
     """LPG with −ε amplifies what it should dampen, LPL does nothing: neither must go on unseen."""
