@@ -75,7 +75,7 @@ def test_two_dropouts_of_a_chain_draw_their_own_masks():
     out, _ = run(
         pj.chain(pj.dropout(site="input"), see("input"), pj.dropout(site="input"), see("input")), params, x, y, jnp.arange(B)
     )
-    twice = np.asarray(out.metrics["seen/value"] / x)  # the second report replaces the first
+    twice = np.asarray(out.metrics["seen/value@input#2"] / x)  # the second of the two that look at the input
     np.testing.assert_allclose(np.unique(twice.round(5)), [0, 4])
     assert 0.05 < (twice > 0).mean() < 0.45  # a quarter; half if both masks were one
 
