@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
-from perturbjax.inference.proximal import soft_threshold
+from perturbjax.label.robust_lasso import corruption, outputs_of, robust_losses
 
 
 def sparse_shift(outputs: jax.Array, targets: jax.Array, *, weight: ArrayLike) -> jax.Array:
@@ -25,8 +25,7 @@ def sparse_shift(outputs: jax.Array, targets: jax.Array, *, weight: ArrayLike) -
     >>> print(sparse_shift(jnp.array([[0.25, 2.0]]), jnp.array([[1.0, 0.0]]), weight=1.0))
     [[ 0.25 -1.5 ]]
     """
-    outputs = jax.lax.stop_gradient(outputs)
-    return -soft_threshold(outputs - targets.astype(outputs.dtype), jnp.asarray(weight, outputs.dtype) / 2)
+    return -corruption(outputs, targets, weight=weight)
 
 
 @method(
@@ -49,10 +48,9 @@ def robust_regression(*, weight: ArrayLike = 0.5, space: Literal["logit", "proba
     check_choice("robust_regression", "space", space, ("logit", "probability"))
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        outputs = flow.trace["logits"] if space == "logit" else jnp.exp(flow.trace["prediction"])
-        f = sparse_shift(outputs, flow.targets, weight=weight)
-        paid = jnp.asarray(weight, outputs.dtype) * jnp.abs(f)
-        losses = jnp.sum((outputs + f - flow.targets.astype(outputs.dtype)) ** 2 + paid, axis=-1)
-        return flow._replace(value=losses), state, {"shifted": jnp.mean((f != 0).astype(jnp.float32))}
+        outputs = outputs_of(flow, space)
+        moved = sparse_shift(outputs, flow.targets, weight=weight) != 0
+        losses = robust_losses(outputs, flow.targets, weight=weight)
+        return flow._replace(value=losses), state, {"shifted": jnp.mean(moved.astype(jnp.float32))}
 
     return Perturbation("loss", lambda context: (), apply)

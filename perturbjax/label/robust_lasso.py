@@ -28,6 +28,18 @@ def corruption(outputs: jax.Array, targets: jax.Array, *, weight: ArrayLike) -> 
     return soft_threshold(outputs - targets.astype(outputs.dtype), jnp.asarray(weight, outputs.dtype) / 2)
 
 
+def robust_losses(outputs: jax.Array, targets: jax.Array, *, weight: ArrayLike) -> jax.Array:
+    """Σ_c min_e (u_c − y_c − e)² + λ|e|: [B], from outputs and targets [B, C]; whose the move e is does not change it."""
+    moved = corruption(outputs, targets, weight=weight)
+    paid = jnp.asarray(weight, outputs.dtype) * jnp.abs(moved)
+    return jnp.sum((outputs - targets.astype(outputs.dtype) - moved) ** 2 + paid, axis=-1)
+
+
+def outputs_of(flow: Flow, space: Literal["logit", "probability"]) -> jax.Array:
+    """What is compared with the targets: [B, C]."""
+    return flow.trace["logits"] if space == "logit" else jnp.exp(flow.trace["prediction"])
+
+
 @method(
     target="label", direction=(-1,), inference="regularised", granularity="sample",
     cite="Nguyen & Tran, IEEE TIT 2013", off=None, alias="rlasso",
@@ -46,10 +58,7 @@ def robust_lasso(*, weight: ArrayLike = 0.5, space: Literal["logit", "probabilit
     check_choice("robust_lasso", "space", space, ("logit", "probability"))
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        outputs = flow.trace["logits"] if space == "logit" else jnp.exp(flow.trace["prediction"])
-        targets = flow.targets.astype(outputs.dtype)
-        moved = corruption(outputs, targets, weight=weight)
-        paid = jnp.asarray(weight, outputs.dtype) * jnp.abs(moved)
-        return flow._replace(value=jnp.sum((outputs - targets - moved) ** 2 + paid, axis=-1)), state, {}
+        losses = robust_losses(outputs_of(flow, space), flow.targets, weight=weight)
+        return flow._replace(value=losses), state, {}
 
     return Perturbation("loss", lambda context: (), apply)
