@@ -23,26 +23,28 @@ def test_numbers_inside_pass(value):
 
 
 @pytest.mark.parametrize(
-    "value, limits, rule",
+    "value, limits, rule, instead",
     [
-        (-1, dict(low=0), "x >= 0, got -1"),
-        (0.0, dict(low=0, open_low=True), "x > 0, got 0.0"),
-        (1.5, dict(low=0, high=1), "0 <= x <= 1, got 1.5"),
-        (0, dict(low=0, high=1, open_low=True), "0 < x <= 1, got 0"),
-        (3, dict(high=2), "x <= 2, got 3"),
-        (float("nan"), dict(), "a finite x, got nan"),
-        (float("nan"), dict(low=0, high=1), "0 <= x <= 1, got nan"),
-        (-np.inf, dict(low=0), "x >= 0, got -inf"),
-        (-np.inf, dict(low=0, infinite=True), "x >= 0, got -inf"),
-        (np.inf, dict(), "a finite x, got inf"),
-        (-np.inf, dict(), "a finite x, got -inf"),
-        (np.inf, dict(low=0), "a finite x, got inf"),
-        (np.inf, dict(high=2, infinite=True), "x <= 2, got inf"),
-        (float("nan"), dict(infinite=True), "a number x, got nan"),
+        (-1, dict(low=0), "x >= 0, got -1", 0),
+        (0.0, dict(low=0, open_low=True), "x > 0, got 0.0", 1),
+        (-3, dict(low=2, open_low=True), "x > 2, got -3", 3),
+        (1.5, dict(low=0, high=1), "0 <= x <= 1, got 1.5", 1),
+        (0, dict(low=0, high=1, open_low=True), "0 < x <= 1, got 0", 1),
+        (3, dict(high=2), "x <= 2, got 3", 2),
+        (float("nan"), dict(), "a finite x, got nan", 1),
+        (float("nan"), dict(low=0, high=0.5), "0 <= x <= 0.5, got nan", 0.5),
+        (-np.inf, dict(low=0), "x >= 0, got -inf", 0),
+        (-np.inf, dict(low=0, infinite=True), "x >= 0, got -inf", 0),
+        (np.inf, dict(), "a finite x, got inf", 1),
+        (-np.inf, dict(), "a finite x, got -inf", 1),
+        (np.inf, dict(low=2), "a finite x, got inf", 2),
+        (np.inf, dict(high=2, infinite=True), "x <= 2, got inf", 2),
+        (float("nan"), dict(infinite=True), "a number x, got nan", 1),
     ],
 )
-def test_numbers_outside_don_t_and_the_message_has_the_rule(value, limits, rule):
-    assert message(check_number, "f", **limits, x=value) == f"f needs {rule}."
+def test_numbers_outside_don_t_and_the_message_has_the_rule_and_a_number_inside(value, limits, rule, instead):
+    assert message(check_number, "f", **limits, x=value) == f"f needs {rule}. Write x={instead}."
+    check_number("f", **limits, x=instead)
 
 
 def test_one_element_outside_is_enough():
@@ -51,7 +53,7 @@ def test_one_element_outside_is_enough():
 
 
 def test_no_number_at_all():
-    assert message(check_number, "f", x="large") == "f needs a number for x, got 'large'."
+    assert message(check_number, "f", x="large") == "f needs a number for x, got 'large'. Write x=1."
     assert "a number for x" in message(check_number, "f", x=lambda step: step)
 
 

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from experiments import gpu_check, shared
+from experiments.gpu import longtail, numbers, page
+from experiments.gpu.check import Check
+from experiments.gpu.sizes import LONG_TAIL, TINY, TOLERANCE, Sizes
 from perturbjax import spec, taxonomy
 from perturbjax.core import TARGETS
 
@@ -38,7 +41,7 @@ def check_at(out, device=None, **flags):
         "sessions": [{"date": "", "device": "cpu", "platform": "cpu", "versions": {"jax": ""}, "commit": "", "command": ""}],
     }
     cpu = jax.devices("cpu")[0]
-    return gpu_check.Check(argparse.Namespace(**given | flags), gpu_check.TINY, report, device or cpu, cpu)
+    return Check(argparse.Namespace(**given | flags), TINY, report, device or cpu, cpu)
 
 
 def test_it_runs_on_a_bare_machine_and_goes_on_where_it_ended(tmp_path):
@@ -69,14 +72,14 @@ def test_it_runs_on_a_bare_machine_and_goes_on_where_it_ended(tmp_path):
 def test_the_whole_rehearsal(tmp_path):
     done = rehearse(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    found, page = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
+    found, text = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
     assert found["tiny"] and set(found) == {"tiny", "sessions", *gpu_check.PARTS}
     for part, keys in PART_KEYS.items():
         assert set(found[part]) == keys
     methods = found["numbers"]["methods"]
     assert set(methods) == {"ce", "lpa(site=stage1)", "cosface", "ce, 2 seeds vmapped"}
     assert all(row["passed"] for row in methods.values()) and methods["cosface"]["head"] == "cosine"
-    assert set(methods["ce"]["highest"]) == set(gpu_check.TOLERANCE) and "default" in methods["ce"]
+    assert set(methods["ce"]["highest"]) == set(TOLERANCE) and "default" in methods["ce"]
     assert found["numbers"]["convolutions"]["highest"] | {"repeats": True} == {
         "bit_equal": True,
         "repeats": True,
@@ -99,11 +102,11 @@ def test_the_whole_rehearsal(tmp_path):
         "| lpl(bound=0.5) |",
         "rehearsal",
     ):
-        assert line in page
+        assert line in text
 
 
 def test_the_methods_of_the_first_part_cover_every_target():
-    registry, sizes = taxonomy.registry(), gpu_check.Sizes()
+    registry, sizes = taxonomy.registry(), Sizes()
     typed = [chain for _, chain in spec.parse_list(f"{sizes.first_methods}, {sizes.more_methods}")]
     covered = {target for [call] in typed if call.name != "ce" for target in registry[call.name].coordinates.target}
     there = {
@@ -113,7 +116,7 @@ def test_the_methods_of_the_first_part_cover_every_target():
 
 
 def test_every_method_of_the_long_tail_can_be_built():
-    assert list(shared.parse_methods(gpu_check.LONG_TAIL))[:2] == ["ce", "la"]
+    assert list(shared.parse_methods(LONG_TAIL))[:2] == ["ce", "la"]
 
 
 # A step of the check ------------------------------------------------------------------------------------------------------
@@ -122,23 +125,23 @@ def test_every_method_of_the_long_tail_can_be_built():
 @pytest.fixture(scope="module")
 def stepper(tmp_path_factory):
     check = check_at(tmp_path_factory.mktemp("steps"), jax.devices()[1])
-    data, method = gpu_check.patches(check.sizes), shared.parse_methods("lpg(split=accuracy)")["lpg(split=accuracy)"]
-    return gpu_check.Stepper(check, data, method, "mlp")
+    data, method = numbers.patches(check.sizes), shared.parse_methods("lpg(split=accuracy)")["lpg(split=accuracy)"]
+    return numbers.Stepper(check, data, method, "mlp")
 
 
 def test_a_step_runs_on_the_device_it_is_given_and_leaves_its_state_alone(stepper, monkeypatch):
     host = stepper.start(0)
     kept, placed = jax.tree.map(np.copy, host), []
-    to_host = gpu_check.to_host
+    to_host = numbers.to_host
 
     def spy(state):
         placed.append({device for x in jax.tree.leaves(state) for device in x.devices()})
         return to_host(state)
 
-    monkeypatch.setattr(gpu_check, "to_host", spy)
+    monkeypatch.setattr(numbers, "to_host", spy)
     steps = [stepper(host, device) for device in (stepper.check.cpu, stepper.check.device)]
     assert placed == [{stepper.check.cpu}, {stepper.check.device}] and stepper.check.cpu != stepper.check.device
-    assert gpu_check.same(*(step.after for step in steps)) and not gpu_check.same(host.params, steps[0].after.params)
+    assert numbers.same(*(step.after for step in steps)) and not numbers.same(host.params, steps[0].after.params)
     jax.tree.map(np.testing.assert_array_equal, host, kept)
 
 
@@ -152,49 +155,49 @@ def test_statistics_over_epochs_are_in_use_at_the_second_step(stepper):
 def test_seeds_side_by_side_are_the_seeds_one_by_one(stepper):
     hosts = [stepper.start(seed) for seed in range(2)]
     for found, host in zip(stepper.side_by_side(hosts, stepper.check.device), hosts, strict=True):
-        differences = gpu_check.differences(found, stepper(host, stepper.check.cpu))
+        differences = numbers.differences(found, stepper(host, stepper.check.cpu))
         assert max(differences.values()) < 1e-4
 
 
 def test_a_method_without_defaults_is_skipped_with_the_reason(tmp_path):
     check, typed = check_at(tmp_path), "weighting(weights=[1, 2])"
-    found = gpu_check.compare_steps(check, gpu_check.patches(check.sizes), shared.parse_methods(typed)[typed], False)
+    found = numbers.compare_steps(check, numbers.patches(check.sizes), shared.parse_methods(typed)[typed], False)
     assert len(found["skipped"]) == 2 and "needs 10 weights, got 2" in found["skipped"][0]
 
 
 # Verdicts -----------------------------------------------------------------------------------------------------------------
 
-FINE, OFF = dict.fromkeys(gpu_check.TOLERANCE, 1e-7), dict.fromkeys(gpu_check.TOLERANCE, 0.02)
+FINE, OFF = dict.fromkeys(TOLERANCE, 1e-7), dict.fromkeys(TOLERANCE, 0.02)
 
 
 def verdict(highest, nudged=FINE):
-    return gpu_check.judged({"highest": highest, "nudged": [[nudged, nudged]]})["passed"]
+    return numbers.judged({"highest": highest, "nudged": [[nudged, nudged]]})["passed"]
 
 
 def test_a_verdict_fails_for_what_every_seed_shows_only():
     assert verdict([[FINE, FINE], [FINE, FINE]])
     assert verdict([[OFF, FINE], [FINE, OFF]])  # a ReLU turned here and there
     assert not verdict([[FINE, OFF], [FINE, OFF]])  # the second step is always off
-    for key in gpu_check.TOLERANCE:
+    for key in TOLERANCE:
         assert not verdict([[FINE | {key: 0.02}] * 2] * 3)
 
 
 def test_a_verdict_allows_what_roundings_do_by_themselves():
-    assert verdict([[OFF, OFF]], nudged=dict.fromkeys(gpu_check.TOLERANCE, 0.01))
-    assert not verdict([[OFF, OFF]], nudged=dict.fromkeys(gpu_check.TOLERANCE, 0.0001))
+    assert verdict([[OFF, OFF]], nudged=dict.fromkeys(TOLERANCE, 0.01))
+    assert not verdict([[OFF, OFF]], nudged=dict.fromkeys(TOLERANCE, 0.0001))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_never_passes(bad):
     assert not verdict([[FINE, FINE], [FINE, FINE | {"states": bad}]])
-    json.dumps(gpu_check.judged({"highest": [[dict.fromkeys(FINE, bad)]], "nudged": [[FINE]]}), allow_nan=False)
+    json.dumps(numbers.judged({"highest": [[dict.fromkeys(FINE, bad)]], "nudged": [[FINE]]}), allow_nan=False)
 
 
 def test_differences_are_relative_and_zero_has_a_floor():
-    assert gpu_check.apart([2.0, 0.0], [1.0, 0.0]) == 1.0
-    assert gpu_check.apart(np.zeros(4), np.zeros(4)) == 0.0 == gpu_check.apart(np.zeros(0), np.zeros(0))
-    assert gpu_check.apart(np.full(4, 1e-12), np.zeros(4)) == pytest.approx(1e-6)
-    assert gpu_check.apart(True, False) == 1e6 and np.isnan(gpu_check.apart(np.nan, 1.0))
+    assert numbers.apart([2.0, 0.0], [1.0, 0.0]) == 1.0
+    assert numbers.apart(np.zeros(4), np.zeros(4)) == 0.0 == numbers.apart(np.zeros(0), np.zeros(0))
+    assert numbers.apart(np.full(4, 1e-12), np.zeros(4)) == pytest.approx(1e-6)
+    assert numbers.apart(True, False) == 1e6 and np.isnan(numbers.apart(np.nan, 1.0))
 
 
 # Going on, and errors -----------------------------------------------------------------------------------------------------
@@ -205,12 +208,12 @@ def test_a_failed_measurement_is_told_and_tried_again(tmp_path, capsys):
     check.measure(("bench",), "mlp", lambda: 1 / 0)
     check.measure(("numbers", "methods"), "ce", lambda: {"skipped": ["linear head: needs more"]})
     check.measure(("others", "methods"), "lpl", lambda: {"error": "RuntimeError: no"})
-    assert [text.split(":")[0] for text in gpu_check.troubles(check.report)] == ["numbers ce", "bench mlp", "others lpl"]
-    assert "| lpl | –" in gpu_check.page(check.report)  # and the page can show it
+    assert [text.split(":")[0] for text in page.troubles(check.report)] == ["numbers ce", "bench mlp", "others lpl"]
+    assert "| lpl | –" in page.page(check.report)  # and the page can show it
     check.measure(("numbers", "methods"), "ce", lambda: 1 / 0)  # there already
     check.measure(("bench",), "mlp", lambda: {"ratios": {}, "model": "x"} | dict.fromkeys(("conv", "left_out"), "") | dict.fromkeys(
         ("batch_size", "image_size", "step_milliseconds", "rounds", "steps", "noise", "trainer", "lax_over_canonical"), 1))  # fmt: skip
-    assert [text.split(":")[0] for text in gpu_check.troubles(check.report)] == ["numbers ce", "others lpl"]
+    assert [text.split(":")[0] for text in page.troubles(check.report)] == ["numbers ce", "others lpl"]
     assert json.loads((tmp_path / "gpu.json").read_text())["bench"]["mlp"]["session"] == 0
     assert "ZeroDivisionError" in capsys.readouterr().err
 
@@ -222,36 +225,36 @@ def test_data_that_is_long_tailed_already_is_taken_as_it_is(tmp_path):
         labels = np.concatenate([np.repeat(np.arange(3), counts), np.arange(12) % 3])
         parts = dict(train_images=images[:-12], train_labels=labels[:-12], test_images=images[-12:], test_labels=labels[-12:])
         np.savez(tmp_path / f"{name}.npz", **parts)
-    settings, (first, second) = gpu_check.datasets(check_at(tmp_path, data=str(tmp_path / "tailed.npz")))
+    settings, (first, second) = longtail.datasets(check_at(tmp_path, data=str(tmp_path / "tailed.npz")))
     assert settings.view == "none" and first is second and list(first.class_counts) == [40, 20, 4]
-    settings, (first, second) = gpu_check.datasets(check_at(tmp_path, data=str(tmp_path / "balanced.npz")))
+    settings, (first, second) = longtail.datasets(check_at(tmp_path, data=str(tmp_path / "balanced.npz")))
     assert settings.view == "longtail(10)" and first.subset_hash != second.subset_hash and first.class_counts[2] == 2
 
 
 def test_other_settings_are_not_mixed_in_one_table(tmp_path):
     check = check_at(tmp_path)
-    gpu_check.claim(check, *gpu_check.datasets(check))
+    longtail.claim(check, *longtail.datasets(check))
     check.flags.epochs = 3
     with pytest.raises(ValueError, match="got epochs 3 instead of 2. Give the same flags"):
-        gpu_check.claim(check, *gpu_check.datasets(check))
+        longtail.claim(check, *longtail.datasets(check))
 
 
 def test_the_faster_way_to_train_is_taken(tmp_path):
     check = check_at(tmp_path, tiny=False)
-    assert gpu_check.way_to_train(check) == ("canonical", True)
+    assert longtail.way_to_train(check) == ("canonical", True)
     row = lambda one, many: {"ratio": many / one, "seconds_one": one, "seconds_a_run_of_many": many}
     check.report["vmap"] = {
         "lax": row(5.0, 2.0),
         "canonical": {"seconds_one": 50.0, "given_up": "10.0 times the other kind's time"},
     }
-    assert gpu_check.way_to_train(check) == ("lax", True)
-    assert "with canonical convolutions: 10.0 times" in gpu_check.vmap_page({"canonical": check.report["vmap"]["canonical"]})
+    assert longtail.way_to_train(check) == ("lax", True)
+    assert "with canonical convolutions: 10.0 times" in page.vmap_page({"canonical": check.report["vmap"]["canonical"]})
     check.report["vmap"] = {"canonical": row(5.0, 2.0), "lax": row(4.0, 1.0)}
-    assert gpu_check.way_to_train(check) == ("lax", True)
+    assert longtail.way_to_train(check) == ("lax", True)
     check.report["vmap"] = {"canonical": row(3.0, 9.0), "lax": row(4.0, 8.0)}
-    assert gpu_check.way_to_train(check) == ("canonical", False)
+    assert longtail.way_to_train(check) == ("canonical", False)
     check.flags.conv = "lax"
-    assert gpu_check.way_to_train(check) == ("lax", False)
+    assert longtail.way_to_train(check) == ("lax", False)
 
 
 @pytest.mark.parametrize(
