@@ -34,12 +34,12 @@ from sklearn.model_selection import StratifiedKFold
 from experiments import shared
 from perturbjax.analysis import audit
 from perturbjax.analysis.dynamics import dynamics, mean_dynamics, sample_signals
-from perturbjax.data import Dataset, pack
+from perturbjax.checks import check_choice, check_number
+from perturbjax.data import Dataset, epoch_order, pack
 from perturbjax.data.dataset import take
-from perturbjax.training import History, Recipe, RunFolder, cost_ratios, device_data, fit, init_state
+from perturbjax.training import History, Recipe, RunFolder, TimedStep, cost_ratios, first_batch, fit, init_state, sample_data
 from perturbjax.training.checkpoint import Checkpoints
 from perturbjax.training.devices import to_host
-from perturbjax.training.step import as_arrays, compiled_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,18 +97,19 @@ class Evidence:
 
 def main(argv: list[str]) -> None:
     """Runs the audit."""
-    settings = shared.first_flags(argv, AuditSettings, __doc__)
+    settings = shared.first_flags(argv, AuditSettings, __doc__, one_process=True)
     methods = shared.parse_methods(settings.method, settings.plugin)
     check(settings, methods)
     [(typed, (method, numbers))] = methods.items()
     dataset = shared.load_view(settings, settings.seed)
-    shared.check_runs(settings, dataset, methods)
-    with shared.prepare_out(settings.out, "audit", settings.view, shared.identity(settings, dataset)) as folder:
+    shared.check_runs(settings, dataset, methods, shared.channel_stats(settings))
+    with shared.prepare_out(settings.out, "audit", settings.view, run_identity(settings, dataset)) as folder:
         console, began = Console(), time.perf_counter()
-        shared.print_notes(dataset, console)
+        shared.print_notes(dataset, console, settings)
         numbers = shared.make_numbers(settings, numbers)
         recipe = shared.make_recipe(settings, dataset, method, shared.channel_stats(settings))
         if settings.evidence == "memory":
+            check_all_seen(settings, recipe)
             found = from_memory(settings, recipe, numbers, dataset, folder.path)
         else:
             found = from_folds(settings, recipe, numbers, dataset, folder.path)
@@ -116,47 +117,60 @@ def main(argv: list[str]) -> None:
         flagged = audit.suspects(found.probability, dataset.train_labels)
         suggestion = audit.suggested(found.probability, dataset.train_labels)
         report = summary(settings, dataset, found, score, flagged, suggestion)
+        order = np.argsort(-score, kind="stable")
+        write_csv(folder.path / "audit.csv", dataset, order, score, flagged, suggestion, found)
+        (folder.path / "sheet.html").write_text(sheet(dataset, order[: settings.top], score, flagged, suggestion))
+        write_cleaned(folder.path / "cleaned.npz", dataset, flagged, suggestion, relabel=settings.clean == "relabel")
+        # The rest says how good and how dear that was: an error there leaves the files.
         if settings.evidence == "memory":
             report["cost"] = {"recorder": recorder_cost(settings, recipe, numbers, dataset)}
         if report["noise_rate"]["true"] is not None and settings.folds:
             report["baselines"]["cleanlab"] = cleanlab(settings, recipe, numbers, dataset, folder.path, console)
         report["seconds"] = time.perf_counter() - began
-        order = np.argsort(-score, kind="stable")
-        write_csv(folder.path / "audit.csv", dataset, order, score, flagged, suggestion, found)
-        (folder.path / "sheet.html").write_text(sheet(dataset, order[: settings.top], score, flagged, suggestion))
-        write_cleaned(folder.path / "cleaned.npz", dataset, flagged, suggestion, relabel=settings.clean == "relabel")
         (folder.path / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
-        show(report, dataset, folder.path, console)
+        show(report, folder.path, console)
 
 
 def check(settings: AuditSettings, methods: dict) -> None:
     """Raises ValueError for flags that can't be."""
     if len(methods) != 1:
         raise ValueError(f"--method needs one method, got {len(methods)}. Chain with +.")
-    for flag, value, known in (
-        ("evidence", settings.evidence, ("memory", "folds")),
-        ("clean", settings.clean, ("drop", "relabel")),
-    ):
-        if value not in known:
-            raise ValueError(f"--{flag} needs {' or '.join(known)}, got {value!r}.")
-    if settings.seeds < 1:
-        raise ValueError(f"--seeds needs at least 1, got {settings.seeds}.")
-    if settings.seed < 0:
-        raise ValueError(f"--seed needs a number of at least 0, got {settings.seed}.")
-    if settings.folds < (2 if settings.evidence == "folds" else 0) or settings.folds == 1:
-        raise ValueError(f"--folds needs at least 2, or 0 for no cleanlab, got {settings.folds}.")
-    if not 0 < settings.weight < 1:
-        raise ValueError(f"--weight needs 0 < λ < 1, got {settings.weight}.")
+    check_choice("--evidence", "evidence", settings.evidence, ("memory", "folds"))
+    check_choice("--clean", "clean", settings.clean, ("drop", "relabel"))
+    check_number("--seeds", low=1, seeds=settings.seeds)
+    check_number("--seed", low=0, seed=settings.seed)
+    none = settings.folds == 0 and settings.evidence == "memory"  # no comparison with cleanlab
+    check_number("--folds", low=2, folds=None if none else settings.folds)
+    check_number("--weight", low=0, open_low=True, high=0.999, weight=settings.weight)
+    check_number("--top", low=0, top=settings.top)
+
+
+def check_all_seen(settings: AuditSettings, recipe: Recipe) -> None:
+    """Raises ValueError if a training would leave samples out: an epoch drops its last, smaller batch, and there are few epochs."""
+    for seed in seeds(settings):
+        unseen = np.ones(recipe.num_examples, bool)
+        for epoch in range(recipe.epochs):
+            unseen[epoch_order(recipe.num_examples, recipe.batch_size, seed, epoch).reshape(-1)] = False
+            if not unseen.any():
+                break
+        else:
+            raise ValueError(
+                f"audit.py needs to train on every sample at least once, got --epochs {recipe.epochs} with --batch-size {recipe.batch_size}, "
+                f"which leave {unseen.sum()} of {unseen.size} out. Write --epochs {recipe.epochs + 1} or more, or a smaller --batch-size."
+            )
+
+
+def run_identity(settings: AuditSettings, dataset: Dataset) -> dict:
+    """What the trainings are, without the flags that say what is made of them; --folds are cleanlab's where memory is the evidence."""
+    after = ("clean", "top") + (("folds",) if settings.evidence == "memory" else ())
+    return {name: value for name, value in shared.identity(settings, dataset).items() if name not in after}
 
 
 def from_memory(settings: AuditSettings, recipe: Recipe, numbers: dict, dataset: Dataset, out: pathlib.Path) -> Evidence:
     """The signals that --seeds trainings recorded on the way."""
     watched = dataclasses.replace(recipe, build=Watched(recipe.build, settings.weight))
-    parts, wrong = [], []
-    for seed in seeds(settings):
-        history, recorded = trained(settings, watched, numbers, dataset, seed, out / f"seed-{seed}")
-        parts.append(mean_dynamics(recorded))
-        wrong.append(history)
+    one = lambda seed: trained(settings, watched, numbers, dataset, seed, out / f"seed-{seed}")
+    parts = [mean_dynamics(one(seed)[1]) for seed in seeds(settings)]
     averaged = {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
     found = audit.signals(averaged)
     if settings.seeds > 1:
@@ -185,7 +199,7 @@ def trained(settings, recipe: Recipe, numbers: dict, dataset: Dataset, seed: int
             history.save(folder.finished)
             return history, history.state.states[0] if history.state.states else None
         history = History.load(folder.finished)
-        like = to_host(init_state(recipe, numbers, device_data(dataset), seed))
+        like = to_host(init_state(recipe, numbers, sample_data(dataset), seed))
         with Checkpoints(folder.checkpoints) as checkpoints:
             _, state, _ = checkpoints.restore(like, options.say)
         return history, state.states[0] if state.states else None
@@ -263,21 +277,9 @@ def cleanlab(settings, recipe: Recipe, numbers: dict, dataset: Dataset, out: pat
 
 def recorder_cost(settings, recipe: Recipe, numbers: dict, dataset: Dataset) -> float:
     """A step with the recorder over one without, in paired rounds."""
-
-    def program(of: Recipe):
-        data, arrays, step = device_data(dataset), as_arrays(numbers), compiled_step(of)
-        held, index = [init_state(of, numbers, data, 0)], np.arange(of.batch_size, dtype=np.int32)[None]
-
-        def run():
-            held[0], metrics, _ = step(held[0], arrays, data, index)
-            return metrics["loss"]
-
-        return run
-
-    programs = {
-        "plain": program(recipe),
-        "watched": program(dataclasses.replace(recipe, build=Watched(recipe.build, settings.weight))),
-    }
+    watched = dataclasses.replace(recipe, build=Watched(recipe.build, settings.weight))
+    batch = first_batch(recipe, dataset, settings.stream)
+    programs = {name: TimedStep(of, numbers, dataset, batch=batch) for name, of in (("plain", recipe), ("watched", watched))}
     return cost_ratios(programs, "plain", rounds=9, steps=5)["watched"]
 
 
@@ -378,7 +380,7 @@ def preview(dataset: Dataset, i: int) -> str:
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
 
 
-def show(report: dict, dataset: Dataset, out: pathlib.Path, console: Console) -> None:
+def show(report: dict, out: pathlib.Path, console: Console) -> None:
     """The outcome on the terminal."""
     rate, n = report["noise_rate"], report["data"]["train_size"]
     truth = "" if rate["true"] is None else f" (really {100 * rate['true']:.1f} %)"

@@ -28,11 +28,11 @@ from experiments import shared
 from perturbjax.core import Perturbation
 from perturbjax.data import Dataset
 from perturbjax.line import line
-from perturbjax.training import Checkpoints, Devices, Recipe, cost_ratios, device_data, init_state, split_methods
+from perturbjax.training import Checkpoints, Devices, Recipe, TimedStep, cost_ratios, device_data, init_state, split_methods
 from perturbjax.training.devices import to_host
 from perturbjax.training.feed import Feed
 from perturbjax.training.loop import extra_gradients
-from perturbjax.training.step import as_arrays, compiled_step, pixels
+from perturbjax.training.step import pixels
 
 PLAIN, HAND_WRITTEN = "ce", "hand-written loop"
 CIFAR_STEPS = 390  # an epoch of CIFAR-10 at batch 128
@@ -102,21 +102,13 @@ def random_dataset(settings: BenchSettings) -> Dataset:
 
 def stepper(recipe: Recipe, numbers: dict, dataset: Dataset):
     """(a call that trains one more step on the first batch, a call that gives the ideal cost of a step so far)."""
-    data, arrays, step = device_data(dataset), as_arrays(numbers), compiled_step(recipe)
-    held = [init_state(recipe, numbers, data, 0)]
-    index = jnp.arange(recipe.batch_size, dtype=jnp.int32)[None]
-
-    def run():
-        held[0], metrics, _ = step(held[0], arrays, data, index)
-        return metrics
-
-    metrics = run()
-    work = 1.0
+    run = TimedStep(recipe, numbers, dataset)
+    metrics, work = run(), 1.0
     for link in split_methods(recipe.build(numbers["method"]))[0]:
         if link.search:
-            share = share_after(recipe, held[0], data.images[: recipe.batch_size], link.site)
+            share = share_after(recipe, run.state, dataset.train_images[: recipe.batch_size], link.site)
             work += 2 * inner_evaluations(recipe, metrics, link) / 3 * share
-    return run, lambda: work * (1 + extra_gradients(held[0].opt_state) / int(held[0].step))
+    return run, lambda: work * (1 + extra_gradients(run.state.opt_state) / int(run.state.step))
 
 
 def inner_evaluations(recipe: Recipe, metrics: dict, link: Perturbation) -> float:
@@ -125,7 +117,7 @@ def inner_evaluations(recipe: Recipe, metrics: dict, link: Perturbation) -> floa
     return float(metrics.get(f"{name}@{line(recipe.model).site(link.site)}", metrics[name])[0])
 
 
-def share_after(recipe: Recipe, state, images: jax.Array, site: str) -> float:
+def share_after(recipe: Recipe, state, images: np.ndarray, site: str) -> float:
     """f: floating-point operations of the forward pass after the site, over those of the whole pass (compiled cost analysis)."""
     model = line(recipe.model)
     place, inputs = model.site(site), pixels(images)
@@ -180,17 +172,9 @@ def data_path(recipe: Recipe, numbers: dict, dataset: Dataset, rounds: int) -> f
     """Steps a second with streamed images, over those with the data on the device; rounds of several steps, or reading ahead would
     hide the reading."""
 
-    def program(streamed: bool):
+    def program(streamed: bool) -> TimedStep:
         feed = Feed(dataclasses.replace(recipe, epochs=10**6), [dataset], [0], Devices(), 1, streamed, False)
-        data, arrays, step, calls = feed.data(), as_arrays(numbers), compiled_step(recipe), feed.calls(0)
-        held = [init_state(recipe, numbers, device_data(dataset), 0)]
-
-        def run():
-            call = next(calls)
-            held[0], metrics, _ = step(held[0], arrays, data, call.index, call.images)
-            return metrics
-
-        return run
+        return TimedStep(recipe, numbers, dataset, feed=feed)
 
     programs = {"resident": program(False), "streamed": program(True)}
     return 1 / cost_ratios(programs, "resident", rounds=rounds, steps=8)["streamed"]

@@ -22,18 +22,17 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import shared
 from perturbjax.analysis import paired_difference, print_table, save_results, write_markdown, write_report
-from perturbjax.data import Dataset, epoch_order
-from perturbjax.training import Checkpoints, History, Recipe, Run, RunFolder, cost_ratios, device_data, fit_many, init_state
+from perturbjax.checks import check_number
+from perturbjax.data import Dataset
+from perturbjax.training import Checkpoints, History, Recipe, Run, RunFolder, TimedStep, cost_ratios, first_batch, fit_many
 from perturbjax.training.devices import to_host
 from perturbjax.training.folder import keep_model
 from perturbjax.training.loop import extra_gradients
-from perturbjax.training.step import as_arrays, compiled_step
 
 PLAIN = "ce"
 SAME_WORK = 0.15
@@ -69,21 +68,21 @@ def main(argv: list[str]) -> None:
     """Runs the comparison."""
     settings = shared.first_flags(argv, CompareSettings, __doc__)
     methods = shared.parse_methods(settings.methods, settings.plugin)
-    if settings.seeds < 1:
-        raise ValueError(f"--seeds needs at least 1, got {settings.seeds}.")
+    check_number("--seeds", low=1, seeds=settings.seeds)
     seeds = range(settings.seeds)
     datasets = [shared.load_view(settings, seed) for seed in seeds]
-    shared.check_runs(settings, datasets[0], methods)
+    shared.check_runs(settings, datasets[0], methods, shared.channel_stats(settings))
     attacks = shared.attacks_of(settings, datasets[0])
     with shared.prepare_out(settings.out, "compare", settings.view, shared.identity(settings, datasets[0])) as folder:
         console = Console(quiet=jax.process_index() > 0)
-        shared.print_notes(datasets[0], console)
+        shared.print_notes(datasets[0], console, settings)
+        print_heads(settings, methods, console)
         results_file, report = folder.path / "results.json", folder.path / "report.html"
         started = time.perf_counter()
         results, diverged = finished(settings, results_file, list(methods), list(seeds)), []
         if results is None or not shared.attacked_before(results, attacks):
             histories, diverged = train_all(settings, datasets, methods, folder.path, console)
-            results = results or summarise(settings, datasets, methods, histories)
+            results = results or summarise(settings, datasets, methods, histories, results_file)
             attack_all(attacks, plan(settings, datasets, methods, folder.path), results, console)
             if jax.process_index() == 0:
                 write_report(results, report)
@@ -93,6 +92,24 @@ def main(argv: list[str]) -> None:
         took = time.perf_counter() - started
         console.print(f"{took:.0f} s. Wrote {results_file} and {report}", soft_wrap=True, highlight=False)
         raise_diverged(diverged)
+
+
+def heads(settings: shared.Settings, methods: dict) -> str | None:
+    """Which method has which last layer, if they differ: "linear: ce, la; cosine: ldam"."""
+    found: dict[str, list[str]] = {}
+    for typed, (method, _) in methods.items():
+        found.setdefault(settings.head or method.head, []).append(typed)
+    return "; ".join(f"{head}: {', '.join(names)}" for head, names in found.items()) if len(found) > 1 else None
+
+
+def print_heads(settings: shared.Settings, methods: dict, console: Console) -> None:
+    """Says so if the methods don't have the same last layer: what is compared is then the layer too."""
+    if (different := heads(settings, methods)) is not None:
+        console.print(
+            f"note: the methods have different classifiers ({different}), which are a part of their differences. "
+            "Write --head cosine for one classifier.",
+            soft_wrap=True, highlight=False, markup=False,
+        )  # fmt: skip
 
 
 def attack_all(attacks: dict, planned: list["Planned"], results: dict, console: Console) -> None:
@@ -115,21 +132,26 @@ def finished(settings: CompareSettings, file: pathlib.Path, methods: list[str], 
     return found if same and timed else None
 
 
-def summarise(settings: ManySettings, datasets: list[Dataset], methods: dict, histories: dict) -> dict:
-    """results.json of the finished runs, with each method's cost and its difference to the first one."""
-    results = shared.results_of(
-        settings, datasets, range(settings.seeds), {t: shared.record(h, datasets) for t, h in histories.items()}
-    )
-    costs = measure_costs(settings, datasets[0], methods, settings.cost_rounds) if settings.cost_rounds else {}
+def summarise(settings: ManySettings, datasets: list[Dataset], methods: dict, histories: dict, file: pathlib.Path) -> dict:
+    """results.json of the finished runs, with each method's cost and its difference to the first one.
+
+    It is written to `file` without the costs before they are measured, so that an error there loses nothing.
+    """
+    results = shared.results_of(settings, datasets, range(settings.seeds), histories)
+    results["settings"]["head"] = settings.head or heads(settings, methods)  # as it came out, where it is not the same for all
     reference = next(iter(methods))
     for typed, entry in results["methods"].items():
-        ratio, evaluations = costs.get(typed, (None, None))
-        # The first steps are timed: they say nothing of a method that does more, or less, in another part of the run.
-        whole = evaluations is not None and abs(evaluations - entry["gradient_evaluations"]) < SAME_WORK
-        entry["cost_ratio"] = ratio if whole else None
         if typed != reference:
             first = results["methods"][reference]["accuracy"]["values"]
             entry["difference"] = paired_difference(entry["accuracy"]["values"], first)
+    if not settings.cost_rounds:
+        return results
+    if jax.process_index() == 0:
+        save_results(results, file)
+    for typed, (ratio, evaluations) in measure_costs(settings, datasets[0], methods, settings.cost_rounds).items():
+        # The first steps are timed: they say nothing of a method that does more, or less, in another part of the run.
+        if (entry := results["methods"].get(typed)) and abs(evaluations - entry["gradient_evaluations"]) < SAME_WORK:
+            entry["cost_ratio"] = ratio
     return results
 
 
@@ -151,10 +173,10 @@ class Planned:
 
 def plan(settings: ManySettings, datasets: list[Dataset], methods: dict, out: pathlib.Path) -> list[Planned]:
     """All runs, method by method."""
-    planned = []
+    planned, kept = [], [shared.identity(settings, dataset) for dataset in datasets]  # once: it reads the images
     for typed, (method, numbers) in methods.items():
         for seed, dataset in enumerate(datasets):
-            what = shared.identity(settings, dataset, method=typed, seed=seed)
+            what = kept[seed] | {"method": typed, "seed": seed}
             run = Run(dataset, shared.make_numbers(settings, numbers), seed, typed)
             place = out / "runs" / f"{shared.slug(typed)}-{digest(typed)}" / f"seed-{seed}"
             planned.append(
@@ -262,6 +284,7 @@ def train_group(settings: ManySettings, group: list[Planned], out: pathlib.Path,
                 split_off(one, history, common)
             if jax.process_index() == 0:
                 history.save(one.folder / "finished.npz")
+            history.state = None  # the checkpoint has it; those of all runs together may not fit on the device
     if len(group) > 1 and jax.process_index() == 0:
         shutil.rmtree(common)
     return {one.folder: history for one, history in zip(group, histories, strict=True)}
@@ -269,20 +292,28 @@ def train_group(settings: ManySettings, group: list[Planned], out: pathlib.Path,
 
 def split_off(one: Planned, history: History, common: pathlib.Path) -> None:
     """Gives a run of a group what a run of its own would have left: its last checkpoint, its log, its net's description."""
-    with Checkpoints(one.folder / "checkpoints") as checkpoints:  # in every process: they write together
-        checkpoints.save(one.recipe.total_steps, to_host(history.state), history.progress)
+    progress = dict(history.progress or {})
     if jax.process_index() == 0:
+        one.folder.mkdir(parents=True, exist_ok=True)
         keep_model(one.folder, one.recipe.model)
         lines = [json.loads(line) for line in (common / "metrics.jsonl").read_text().splitlines()]
         own = [line for line in lines if (line["method"], line["seed"]) == (one.typed, one.run.seed)]
-        (one.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
+        log = one.folder / "metrics.jsonl"
+        log.write_text("".join(json.dumps(line) + "\n" for line in own))
+        progress["log_size"] = log.stat().st_size  # what a run that goes on from here keeps of it
+    with Checkpoints(one.folder / "checkpoints") as checkpoints:  # in every process: they write together
+        checkpoints.save(one.recipe.total_steps, to_host(history.state), progress)
 
 
 def measure_costs(settings: shared.Settings, dataset: Dataset, methods: dict, rounds: int) -> dict[str, tuple[float, float]]:
     """(step time over that of plain training, gradient evaluations a step) of each method, in paired rounds on the run's own data."""
     timed = dict(methods) if PLAIN in methods else {PLAIN: shared.parse_methods(PLAIN)[PLAIN], **methods}
-    made = {typed: stepper(settings, dataset, *what) for typed, what in timed.items()}
-    programs = {typed: run for typed, (run, _) in made.items()}
+    recipe = lambda method: shared.make_recipe(settings, dataset, method, shared.channel_stats(settings))
+    batch = first_batch(recipe(timed[PLAIN][0]), dataset, settings.stream)
+    programs = {
+        typed: TimedStep(recipe(method), shared.make_numbers(settings, numbers), dataset, batch=batch)
+        for typed, (method, numbers) in timed.items()
+    }
     began = time.perf_counter()
     jax.block_until_ready(programs[PLAIN]())
     jax.block_until_ready(programs[PLAIN]())
@@ -290,25 +321,8 @@ def measure_costs(settings: shared.Settings, dataset: Dataset, methods: dict, ro
     # Short steps are repeated within a round, so that a round is no shorter than the clock's and the scheduler's noise.
     steps = max(1, min(50, int(0.05 / max(once, 1e-4))))
     ratios = cost_ratios(programs, PLAIN, rounds=rounds, steps=steps)
-    return {typed: (ratio, made[typed][1]()) for typed, ratio in ratios.items()}
-
-
-def stepper(settings: shared.Settings, dataset: Dataset, method: shared.Method, numbers: tuple):
-    """(A call that trains one more step on the first batch, a call that gives the gradient evaluations a step so far)."""
-    recipe, wanted = (
-        shared.make_recipe(settings, dataset, method, shared.channel_stats(settings)),
-        shared.make_numbers(settings, numbers),
-    )
-    data = device_data(dataset)
-    held = [init_state(recipe, wanted, data, 0)]
-    step, arrays = compiled_step(recipe), as_arrays(wanted)
-    index = jnp.asarray(epoch_order(recipe.num_examples, recipe.batch_size, 0, 0)[:1])
-
-    def run():
-        held[0], metrics, _ = step(held[0], arrays, data, index)
-        return metrics["loss"]
-
-    return run, lambda: 1 + extra_gradients(held[0].opt_state) / int(held[0].step)
+    evaluations = lambda state: 1 + extra_gradients(state.opt_state) / int(state.step)
+    return {typed: (ratio, evaluations(programs[typed].state)) for typed, ratio in ratios.items()}
 
 
 if __name__ == "__main__":

@@ -34,10 +34,11 @@ from rich.text import Text
 
 from experiments import shared
 from experiments.compare import digest
+from experiments.shared.building import IMAGENET
 from perturbjax import objective, spec
 from perturbjax.analysis import summary
 from perturbjax.checks import check_choice, check_number
-from perturbjax.data import Dataset
+from perturbjax.data import Dataset, apply_views
 from perturbjax.data.domains import DomainSplit, domain_batches, missing_classes, pooled, split_domains
 from perturbjax.frozen import covered, join_params, split_params
 from perturbjax.models.blocks import MOMENTUM
@@ -48,12 +49,12 @@ from perturbjax.training.feed import step_size
 from perturbjax.training.loop import EVALUATION_BATCH
 from perturbjax.training.step import as_arrays, compiled_step, draw_batch
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Means and deviations of the channels, as in DomainBed: statistics of our own would look at the left-out domain."""
 SELECTION = (
     "Accuracy on 80 % of the left-out domain, at the step with the best mean accuracy on 20 % of each training domain "
     "(training-domain validation); SWAD: weights averaged over the window found on those 20 %."
 )
+DRAWS = ("thin", "longtail")
+"""Views that keep some of the samples: they act on the pooled ones."""
 STATS_BATCHES = 50
 """Training batches from which BatchNorm's statistics of averaged weights are computed."""
 NOT_HERE = ("epochs", "recipe", "stream", "checkpoint_seconds", "log_every", "tensorboard")
@@ -78,7 +79,7 @@ class DomainsSettings(shared.Settings):
     view: str = "none"
     """What is made of the data first: none, shrink(size), thin(per_class), drop_duplicates; + chains."""
     model: str = "cnn"
-    """mlp, cnn, resnet8/20/32/44/56/110, se_resnet20/110, wrn16-8, wrn28-10, shake26, resnet50/101 (for large images)."""
+    """mlp, cnn, resnet8/20/32/44/56/110, la_net, se_resnet20/110, wrn16-8, wrn28-10, shake26, resnet50/101 (for large images)."""
     batch_size: int = 32
     """Samples of each training domain in a step."""
     epochs: int = 0
@@ -126,10 +127,10 @@ class Job(NamedTuple):
 
 def main(argv: list[str]) -> None:
     """Runs all methods on all left-out domains."""
-    settings = shared.first_flags(argv, DomainsSettings, __doc__)
+    settings = shared.first_flags(argv, DomainsSettings, __doc__, one_process=True)
     check_flags(settings)
     methods, notes = parse_methods(settings)
-    dataset = pooled(shared.load_view(settings, 0))
+    dataset = load_pooled(settings)
     held = held_out_domains(settings, dataset)
     for domain, seed in itertools.product(held, range(settings.seeds)):
         next(domain_batches(split_domains(dataset, domain, seed=seed).train, settings.batch_size, seed=0))
@@ -137,7 +138,7 @@ def main(argv: list[str]) -> None:
     identity = run_identity(settings, dataset)
     with shared.prepare_out(settings.out, "domains", settings.view, identity) as folder:
         console = Console()
-        shared.print_notes(dataset, console)
+        shared.print_notes(dataset, console, settings, steps=settings.steps)
         for note in [*missing_classes(dataset), *notes]:
             console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
         jobs = [
@@ -161,6 +162,13 @@ def main(argv: list[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ what is to be done
+
+
+def load_pooled(settings: DomainsSettings) -> Dataset:
+    """All samples as the view makes them. What draws samples draws from all of them, those of the file's test part included."""
+    others = shared.views_of(settings.view, lambda name: name not in DRAWS)
+    draws = shared.views_of(settings.view, lambda name: name in DRAWS)
+    return apply_views(pooled(shared.load_view(settings, 0, others)), draws, 0)
 
 
 def check_flags(settings: DomainsSettings) -> None:
@@ -214,7 +222,8 @@ def run_identity(settings: DomainsSettings, dataset: Dataset) -> dict:
 def recipe_of(settings: DomainsSettings, dataset: Dataset, method: shared.Method) -> StepsRecipe:
     """The static part of a run: the same for all left-out domains and seeds."""
     channels = dataset.image_shape[-1]
-    stats = IMAGENET if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+    # ImageNet's, as in DomainBed: statistics of our own would look at the left-out domain.
+    stats = tuple(IMAGENET.values()) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
     base = shared.make_recipe(settings, dataset, method, stats)
     if base.fine_tuning is not None:
         raise ValueError(
@@ -229,13 +238,15 @@ def recipe_of(settings: DomainsSettings, dataset: Dataset, method: shared.Method
 
 
 def check_methods(settings: DomainsSettings, dataset: Dataset, methods: dict) -> None:
-    """Builds every method once on the host, so that a wrong setting ends the program before anything is trained."""
+    """Builds every method and traces its step, so that a wrong setting ends the program before anything is trained."""
     shared.check_runs(dataclasses.replace(settings, epochs=max(1, math.ceil(settings.warmup_epochs))), dataset, {})
     for typed, (method, numbers) in methods.items():
         try:
-            recipe = recipe_of(settings, dataset, method)
-            init_state(recipe, shared.make_numbers(settings, numbers), sample(dataset), 0)
-        except ValueError as error:
+            recipe, wanted = recipe_of(settings, dataset, method), shared.make_numbers(settings, numbers)
+            state = init_state(recipe, wanted, sample(dataset), 0)
+            steps = min(step_size(settings.steps_per_call, False), evaluate_every(settings), settings.steps)
+            shared.check_step(settings, recipe, state, wanted, dataset, steps=steps)
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{typed}: {error}") from error
 
 
@@ -400,7 +411,7 @@ def averaged(settings, dataset, job: Job, recipe, data, state: TrainState, windo
 
 def calls(settings: DomainsSettings, split: DomainSplit, seed: int) -> Iterator[tuple[np.ndarray, int | None]]:
     """(positions [K, B] for K steps, the number of steps taken if an evaluation is due after them)."""
-    every = settings.evaluate_every or max(1, settings.steps // 10)
+    every = evaluate_every(settings)
     batches, per_call = domain_batches(split.train, settings.batch_size, seed=seed), step_size(settings.steps_per_call, False)
     done = 0
     while done < settings.steps:
@@ -408,6 +419,11 @@ def calls(settings: DomainsSettings, split: DomainSplit, seed: int) -> Iterator[
         count = min(per_call, stop - done)
         done += count
         yield np.stack(list(itertools.islice(batches, count))), done if done == stop else None
+
+
+def evaluate_every(settings: DomainsSettings) -> int:
+    """Steps between two evaluations."""
+    return settings.evaluate_every or max(1, settings.steps // 10)
 
 
 def evaluation_batch(dataset: Dataset) -> int:

@@ -29,6 +29,7 @@ from experiments import compare, landscape, shared
 from experiments.landscape import Net
 from perturbjax.analysis.explain import cam_figure, grad_cam, penultimate, tsne, tsne_figure
 from perturbjax.analysis.metrics import Groups, groups_by_frequency
+from perturbjax.checks import check_choice, check_number
 from perturbjax.data import Dataset
 from perturbjax.line import line
 from perturbjax.training import predict
@@ -70,13 +71,10 @@ def main(argv: list[str]) -> None:
 
 def check(settings: ExplainSettings) -> None:
     """Raises ValueError for flags that can't be."""
-    if settings.explain not in ("label", "prediction"):
-        raise ValueError(f"--explain needs label or prediction, got {settings.explain!r}.")
+    check_choice("--explain", "explain", settings.explain, ("label", "prediction"))
     for name, low in dict(seeds=1, samples=0, images=0).items():
-        if not getattr(settings, name) >= low:
-            raise ValueError(f"--{name} needs at least {low}, got {getattr(settings, name)}.")
-    if not settings.perplexity > 0:
-        raise ValueError(f"--perplexity needs more than 0, got {settings.perplexity}.")
+        check_number(f"--{name}", low=low, **{name: getattr(settings, name)})
+    check_number("--perplexity", low=0, open_low=True, perplexity=settings.perplexity)
 
 
 def check_together(nets: list[Net]) -> None:

@@ -15,7 +15,7 @@ import csv
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +47,7 @@ class Sensitivity:
     results: str
     """results.json of a comparison of one method at several values of the setting."""
     setting: str
-    """Its name."""
+    """Its name; METHOD.SETTING where several methods of a chain have it."""
     out: str = "sensitivity.svg"
     """File to write."""
 
@@ -163,13 +163,29 @@ def draw_ratio(settings: Ratio) -> str:
     return line_plot({f"τ = {settings.tau:g}": (losses, ratios)}, "loss before", "loss after / loss before")
 
 
+def values_of(methods: Iterable[str], setting: str) -> list[tuple[str, float]]:
+    """(method without the setting, value) of every method that has the setting as a number."""
+    return [found for typed in methods if (found := without(typed, setting)) is not None]
+
+
 def without(typed: str, setting: str) -> tuple[str, float] | None:
-    """(the method as typed without the setting, the setting's value); None if it doesn't have it as a number."""
+    """(the method as typed without the setting, the setting's value); None if it doesn't have it as a number.
+
+    setting: SETTING, or METHOD.SETTING where several methods of a chain have it.
+    """
     [(_, chain)] = spec.parse_list(typed)
+    method, _, setting = setting.rpartition(".")
+    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
+    having = [i for i, call in enumerate(chain) if method in ("", call.name) and number(dict(call.kwargs).get(setting))]
+    if len(having) > 1:
+        raise ValueError(
+            f"figures sensitivity needs the setting of one method, got {setting!r} of {len(having)} in {typed}. "
+            f"Write --setting {chain[having[0]].name}.{setting}."
+        )
     value, names = None, []
-    for call in chain:
+    for i, call in enumerate(chain):
         given = dict(call.kwargs)
-        if isinstance(given.get(setting), int | float):
+        if i in having:
             value = float(given.pop(setting))
         rest = ", ".join(f"{name}={x}" for name, x in given.items())
         names.append(f"{call.name}({rest})" if rest else call.name)

@@ -36,6 +36,7 @@ from perturbjax.analysis.landscape import (
     random_direction,
 )
 from perturbjax.analysis.sharpness import data_loss, hessian_spectrum, sam_sharpness
+from perturbjax.checks import check_choice, check_number
 from perturbjax.data import Dataset
 from perturbjax.models.describe import from_description
 from perturbjax.training import load_variables, predict
@@ -106,9 +107,10 @@ def with_nets(argv: list[str], settings: Any, script: str, look: Callable) -> No
     own = {field.name for field in dataclasses.fields(compare.CompareSettings)}
     training = compare.CompareSettings(**{name: value for name, value in vars(settings).items() if name in own})
     datasets = [shared.load_view(training, seed) for seed in range(settings.seeds)]
-    shared.check_runs(training, datasets[0], methods)
+    shared.check_runs(training, datasets[0], methods, shared.channel_stats(training))
     with shared.prepare_out(settings.out, script, settings.view, shared.identity(training, datasets[0])) as folder:
-        shared.print_notes(datasets[0], console)
+        shared.print_notes(datasets[0], console, training)
+        compare.print_heads(training, methods, console)
         compare.raise_diverged(compare.train_all(training, datasets, methods, folder.path, console)[1])
         planned = compare.plan(training, datasets, methods, folder.path)
         look([net_in(one.folder, one.typed, one.run.seed, one.run.dataset) for one in planned], settings, folder.path, console)
@@ -116,22 +118,23 @@ def with_nets(argv: list[str], settings: Any, script: str, look: Callable) -> No
 
 def check(settings: LandscapeSettings) -> None:
     """Raises ValueError for flags that can't be."""
-    if settings.part not in ("train", "test"):
-        raise ValueError(f"--part needs train or test, got {settings.part!r}.")
+    check_choice("--part", "part", settings.part, ("train", "test"))
     least = dict(seeds=1, samples=0, radius=0, top=1, steps=1, points=2, climb=0, reach=0, plane=0)
     for name, low in least.items():
-        if not getattr(settings, name) >= low:
-            raise ValueError(f"--{name} needs at least {low}, got {getattr(settings, name)}.")
+        check_number(f"--{name}", low=low, **{name: getattr(settings, name)})
 
 
 def finished_runs(folders: tuple[str, ...]) -> list[pathlib.Path]:
     """The folders of finished runs, themselves or anywhere below."""
     found: dict[pathlib.Path, None] = {}
+    # The trainings of audit.py have no run.json: their data can't be made again from it.
+    whole = lambda run: (run / "finished.npz").exists() and (run / "run.json").exists()
     for folder in map(pathlib.Path, folders):
-        below = sorted(file.parent for file in folder.rglob("model.json") if (file.parent / "finished.npz").exists())
+        below = sorted(file.parent for file in folder.rglob("model.json") if whole(file.parent))
         if not below:
             raise ValueError(
-                f"--runs needs folders with finished runs of compare.py or train.py, got {str(folder)!r}, which has none."
+                f"--runs needs folders with finished runs of compare.py or train.py, got {str(folder)!r}, which has none. "
+                "Write --runs and the --out of such a command."
             )
         found |= dict.fromkeys(below)
     return list(found)

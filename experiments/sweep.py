@@ -5,8 +5,9 @@
     python experiments/sweep.py --method "lpg(inference=pgd)" --over "num_steps=1, 3, 5" --out DIR    # structure: one compilation each
 
 Settings vary one at a time, the others as given, or in all combinations with --cross. The first line of the table is --reference.
-Writes what compare.py writes (results.json, report.html, table.md, a folder per run), and SETTING.svg for each setting. Interrupted in any way, the
-same command goes on there; more values cost only their own trainings. On GPU and TPU all runs of one structure train side by side.
+Writes what compare.py writes (results.json, report.html, table.md, a folder per run), and SETTING.svg for each setting of two numbers
+or more. Interrupted in any way, the same command goes on there; more values cost only their own trainings. On GPU and TPU all runs of
+one structure train side by side.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from rich.console import Console
 from experiments import compare, figures, shared
 from perturbjax import spec, taxonomy
 from perturbjax.analysis import print_table, save_results, write_markdown, write_report
+from perturbjax.checks import check_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,36 +49,36 @@ Place = tuple[int, str]
 def main(argv: list[str]) -> None:
     """Runs the sweep."""
     settings = shared.first_flags(argv, SweepSettings, __doc__)
-    if settings.seeds < 1:
-        raise ValueError(f"--seeds needs at least 1, got {settings.seeds}.")
+    check_number("--seeds", low=1, seeds=settings.seeds)
     typed, names = expand(settings)
     methods = shared.parse_methods(", ".join(dict.fromkeys([settings.reference, *typed])), settings.plugin)
     datasets = [shared.load_view(settings, seed) for seed in range(settings.seeds)]
-    shared.check_runs(settings, datasets[0], methods)
+    shared.check_runs(settings, datasets[0], methods, shared.channel_stats(settings))
     with shared.prepare_out(settings.out, "sweep", settings.view, shared.identity(settings, datasets[0])) as folder:
         console, started = Console(quiet=jax.process_index() > 0), time.perf_counter()
-        shared.print_notes(datasets[0], console)
+        shared.print_notes(datasets[0], console, settings)
+        compare.print_heads(settings, methods, console)
         recipes = {shared.make_recipe(settings, datasets[0], method) for method, _ in methods.values()}
         console.print(f"{len(methods)} settings x {settings.seeds} seeds, {len(recipes)} compiled steps", highlight=False)
         histories, diverged = compare.train_all(settings, datasets, methods, folder.path, console)
-        results = compare.summarise(settings, datasets, methods, histories)
+        results = compare.summarise(settings, datasets, methods, histories, folder.path / "results.json")
         if jax.process_index() == 0:
             write_report(results, folder.path / "report.html")
             write_markdown(results, folder.path / "table.md")
             save_results(results, folder.path / "results.json")
-            for name in names:
-                drawn = figures.Sensitivity(str(folder.path / "results.json"), name)
-                (folder.path / f"{name}.svg").write_text(figures.draw_sensitivity(drawn) + "\n")
         print_table(results, console)
-        console.print(
-            f"{time.perf_counter() - started:.0f} s. Wrote results.json, report.html and {', '.join(f'{n}.svg' for n in names)} to "
-            f"{folder.path}", soft_wrap=True, highlight=False,
-        )  # fmt: skip
+        # A curve needs two numbers: words (split=accuracy) and what diverged make none.
+        drawn = [name for name in names if len({value for _, value in figures.values_of(results["methods"], name)}) > 1]
+        for name in drawn if jax.process_index() == 0 else ():
+            figure = figures.Sensitivity(str(folder.path / "results.json"), name)
+            (folder.path / f"{name}.svg").write_text(figures.draw_sensitivity(figure) + "\n")
+        wrote = ", ".join(["results.json", "report.html", "table.md", *(f"{name}.svg" for name in drawn)])
+        console.print(f"{time.perf_counter() - started:.0f} s. Wrote {wrote} to {folder.path}", soft_wrap=True, highlight=False)
         compare.raise_diverged(diverged)
 
 
 def expand(settings: SweepSettings) -> tuple[list[str], list[str]]:
-    """(every variant of the method as text, the settings' names). A setting of several values in one go is varied with the others."""
+    """(every variant of the method as text, the settings' names: METHOD.SETTING where several methods of the chain have it)."""
     given = spec.parse_list(settings.method)
     if len(given) != 1:
         raise ValueError(f"--method needs one method, got {len(given)}. Chain with +.")
@@ -88,7 +90,9 @@ def expand(settings: SweepSettings) -> tuple[list[str], list[str]]:
     else:
         combinations = [[(place, value)] for place, values in grid for value in values]
     variants = [spec.canonical(with_settings(chain, wanted)) for wanted in combinations]
-    return list(dict.fromkeys(variants)), list(dict.fromkeys(name for (_, name), _ in grid))
+    having = lambda name: [call for call in chain if name in spec.setting_names(registry[call.name])]
+    names = [name if len(having(name)) == 1 else f"{chain[number].name}.{name}" for (number, name), _ in grid]
+    return list(dict.fromkeys(variants)), list(dict.fromkeys(names))
 
 
 def read_grid(text: str) -> list[tuple[str, list]]:

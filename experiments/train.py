@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments import shared
 from perturbjax.analysis import print_table, save_results, write_report
+from perturbjax.checks import check_number
 from perturbjax.training import History, fit
 
 
@@ -42,15 +43,14 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             f"--method needs one method, got {len(methods)}. Chain with +, or use compare.py --methods for several."
         )
-    if settings.seed < 0:
-        raise ValueError(f"--seed needs a number of at least 0, got {settings.seed}.")
+    check_number("--seed", low=0, seed=settings.seed)
     [(typed, (method, numbers))] = methods.items()
     dataset = shared.load_view(settings, settings.seed)
-    shared.check_runs(settings, dataset, methods)
+    shared.check_runs(settings, dataset, methods, shared.channel_stats(settings))
     attacks = shared.attacks_of(settings, dataset)
     with shared.prepare_out(settings.out, "train", settings.view, shared.identity(settings, dataset, method=typed)) as folder:
         console, results_file = Console(quiet=jax.process_index() > 0), folder.path / "results.json"
-        shared.print_notes(dataset, console)
+        shared.print_notes(dataset, console, settings)
         history, results = shared.finished_run(folder), shared.read_results(results_file)
         if history is not None and results is not None and shared.attacked_before(results, attacks):
             print_table(results, console)
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
                 folder,
                 console,
             )
-        results = shared.results_of(settings, [dataset], [settings.seed], {typed: shared.record([history], [dataset])})
+        results = shared.results_of(settings, [dataset], [settings.seed], {typed: [history]})
         if jax.process_index() == 0:
             history.save(folder.finished)
             if attacks:

@@ -4,6 +4,8 @@ Three levels, each usable without the ones above it: functions (pure maths, one 
 loss for `chain` and `objective`, and optax links for gradients and parameters), experiments (scripts with flags).
 """
 
+import typing
+
 # The order is that of the forward and backward pass: input, activation, logit, label, loss, logit gradient, gradient, parameter.
 from perturbjax.activation.ada import ada, squared_distance
 from perturbjax.activation.dropblock import dropblock, dropblock_gamma, dropblock_kept, dropblock_mask
@@ -64,7 +66,7 @@ from perturbjax.label.adversarial_label_smoothing import adversarial_label_smoot
 from perturbjax.label.bootstrapping import bootstrapped_targets, bootstrapping
 from perturbjax.label.d2l import d2l, local_dimension
 from perturbjax.label.disturb_label import disturb_label, disturbed_targets
-from perturbjax.label.dlb import distillation, dlb
+from perturbjax.label.dlb import dlb
 from perturbjax.label.forward_correction import forward_corrected, forward_correction, noise_matrix
 from perturbjax.label.label_smoothing import label_smoothing
 from perturbjax.label.mix_bootstrapping import mix_bootstrapped, mix_bootstrapping
@@ -119,4 +121,15 @@ from perturbjax.projection import project
 from perturbjax.split import Split, all_classes, by_accuracy, by_frequency, by_loss, by_loss_top, by_variance
 
 __version__ = "0.1.0"
+
+if not typing.TYPE_CHECKING:  # a type checker would take every name for known
+
+    def __getattr__(name: str):
+        """Says what the short name of the command line is called here."""
+        aliases = {getattr(value, "alias", None): key for key, value in list(globals().items())} | {"erm": "ce"}
+        if name in aliases:
+            raise AttributeError(f"perturbjax has no {name!r}. Write pj.{aliases[name]}.")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [name for name, value in list(globals().items()) if not name.startswith("_") and type(value).__name__ != "module"]

@@ -103,7 +103,7 @@ def _radius(bound: Bound | None, *, default: float, split: Split, state: Any, co
         eps, delta_eps = _amounts(bound, default)
         return eps + delta_eps * _share(bound, split, state, context)
     if isinstance(bound, Course):
-        value: Any = bound.at(Place(context.step, context.progress, value=None, rate=None))
+        value: Any = bound.at(Place(step=None, progress=context.progress, value=None, rate=None))
     else:
         value = default if bound is None else bound(context.step) if callable(bound) else bound
     return jnp.broadcast_to(jnp.asarray(value, jnp.float32), [context.num_classes])

@@ -31,10 +31,12 @@ def check_number(
         try:
             array = np.asarray(value, dtype=np.float64)
         except (TypeError, ValueError):
-            raise ValueError(f"{function} needs a number for {name}, got {value!r}. {_instead(name, low, high, open_low)}") from None
+            raise ValueError(
+                f"{function} needs a number for {name}, got {value!r}. {_instead(function, name, low, high, open_low)}"
+            ) from None
         outside = np.isnan(array) | (array < low) | (array > high) | (open_low & (array == low))
         if not outside.any() and not infinite and np.isinf(array).any():
-            raise ValueError(f"{function} needs a finite {name}, got {value}. {_instead(name, low, high, open_low)}")
+            raise ValueError(f"{function} needs a finite {name}, got {value}. {_instead(function, name, low, high, open_low)}")
         if outside.any():
             below = "<" if open_low else "<="
             rule = f"{name} {'>' if open_low else '>='} {low:g}" if high == np.inf else f"{low:g} {below} {name} <= {high:g}"
@@ -42,15 +44,16 @@ def check_number(
                 number = "a number" if infinite else "a finite"
                 rule = f"{number} {name}" if high == np.inf else f"{name} <= {high:g}"
             first = float(np.extract(outside, array)[0])
-            raise ValueError(f"{function} needs {rule}, got {value}. {_instead(name, low, high, open_low, first)}")
+            raise ValueError(f"{function} needs {rule}, got {value}. {_instead(function, name, low, high, open_low, first)}")
 
 
-def _instead(name: str, low: float, high: float, open_low: bool, value: float = np.nan) -> str:
-    """The line to write instead: the allowed number nearest to `value`; one above an excluded limit, if there is room."""
+def _instead(function: str, name: str, low: float, high: float, open_low: bool, value: float = np.nan) -> str:
+    """The line to write instead, of a flag as it is typed: the allowed number nearest to `value`; one above an excluded limit, if
+    there is room."""
     allowed = float(np.clip(1.0 if np.isnan(value) else value, low, high))
     if open_low and allowed == low:
         allowed = min(low + 1, high)
-    return f"Write {name}={allowed:g}."
+    return f"Write {function} {allowed:g}." if function.startswith("--") else f"Write {name}={allowed:g}."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

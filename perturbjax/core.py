@@ -28,7 +28,8 @@ TAIL = ("prediction", "label", "loss", "logit_gradient")
 """The sites after the logits: log softmax(u) [B, C], the targets [B, C], the losses [B], ∂ℓ/∂u [B, C]."""
 
 CLEAN = "clean logits"
-"""In `Flow.extra`, left by links that search: (whether one has [] bool, logits [B, C] at the end of the pass without what it found)."""
+"""In `Flow.extra`: (whether there are any yet [] bool, the logits [B, C] of the pass without what links have found by a search or put in
+by the label). Left by the first such link."""
 
 # Folded into the step's key for the model's own random draws; links fold in their position, which stays far below.
 _MODEL_STREAM = 0x6D6F64
@@ -50,8 +51,20 @@ class Flow(NamedTuple):
     stats: Any  # BatchNorm statistics as updated so far: kept by the outer pass, thrown away by `rest`
 
 
+class Where(NamedTuple):
+    """Where training stands; None: not told."""
+
+    step: ArrayLike | None = None  # optimiser steps taken
+    progress: ArrayLike | None = None  # step / total steps
+    epoch: ArrayLike | None = None
+
+
 class Context(NamedTuple):
-    """What a link may know besides the flow. `init` sees the first group of fields, `apply` all of them."""
+    """What a link may know besides the flow. `init` sees the first group of fields, `apply` all of them.
+
+    `step`, `progress` and `epoch` raise ValueError where they were not told: a schedule that stood still, or statistics of an epoch
+    that never ends, would be plain training without a word.
+    """
 
     num_classes: int
     class_counts: jax.Array | None = None  # [C] training samples of each class
@@ -65,15 +78,39 @@ class Context(NamedTuple):
     site_shapes: Mapping[str, tuple[int, ...]] | None = None  # at init only: shape of a batch's value at each site
     steps_per_epoch: int | None = None  # None: full batches in num_examples
     inputs: Any = None  # at init only: the batch that it was given, if its numbers are known there
-    step: ArrayLike = 0  # optimiser steps taken
-    progress: ArrayLike = 0.0  # step / total steps
-    epoch: ArrayLike = 0
+    name: str = ""  # of the link's method, for messages
+    where: Where = Where()
     key: jax.Array | None = None  # this link's own key, the same in `rest`, in the outer pass and in a second pass
     variables: Any = None  # the differentiated ones
     head: Callable[[], tuple[jax.Array, jax.Array]] | None = None  # () -> (W [C, d], b [C])
     pullback: Callable[[], Callable[[jax.Array], Any]] | None = None  # at the logit gradient: () -> (v [B, C] -> Σ_i J_i v_i)
     scale: float | None = None  # s of a cosine head, whose logits are s·cos θ; the model's own
     validation: Any = None  # a clean batch, for meta-learning
+
+    @property
+    def step(self) -> ArrayLike:
+        """Optimiser steps taken."""
+        return self._told("step", "step=i, the optimiser steps taken so far")
+
+    @property
+    def progress(self) -> ArrayLike:
+        """Share of training that is over."""
+        return self._told("progress", "progress=i / steps, the share of training that is over")
+
+    @property
+    def epoch(self) -> ArrayLike:
+        """Epochs that are over."""
+        return self._told("epoch", "epoch=i // steps_per_epoch, the number of epochs that are over")
+
+    def begun(self, start: ArrayLike) -> jax.Array:
+        """[] bool: whether the share `start` of training is over. A start of 0 has no need of `progress`."""
+        at_once = not is_traced(start) and np.all(np.asarray(start) <= 0)
+        return jnp.bool_(True) if at_once else jnp.asarray(self.progress) >= start
+
+    def _told(self, name: str, how: str) -> ArrayLike:
+        if (value := getattr(self.where, name)) is None:
+            raise ValueError(f"{self.name or 'this method'} needs {name!r}, got none. Pass {how}.")
+        return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +260,9 @@ class Objective:
         data: Batch,
         *,
         key: jax.Array | None = None,
-        step: ArrayLike = 0,
-        progress: ArrayLike = 0.0,
-        epoch: ArrayLike = 0,
+        step: ArrayLike | None = None,
+        progress: ArrayLike | None = None,
+        epoch: ArrayLike | None = None,
         stats: Any = None,
         weights: ArrayLike | None = None,
         validation: Any = None,
@@ -240,7 +277,8 @@ class Objective:
           key: typed PRNG key of this step; the same key gives the same masks and mixing pairs. None: key 0. What links draw for a
             sample follows its `index`; what the model draws (its dropout, stochastic depth) its place in the batch, and with
             `axis_name` its device.
-          step, progress, epoch: where training stands, for schedules and running statistics (numbers, may be traced).
+          step, progress, epoch: where training stands (numbers, may be traced): optimiser steps taken, their share of all steps, and
+            epochs that are over. For schedules and statistics by epoch; a method that follows one that is None raises ValueError.
           stats: BatchNorm statistics.
           weights: [B], multiplied into the sample weights (class- or domain-wise gradients of one batch).
           validation: a clean batch for links that learn from one.
@@ -265,7 +303,7 @@ class Objective:
             stats=stats,
         )
         context = self.context._replace(
-            batch_size=count, level=self.line.level, step=step, progress=progress, epoch=epoch,
+            batch_size=count, level=self.line.level, where=Where(step, progress, epoch),
             key=jax.random.key(0) if key is None else key, variables=variables, validation=validation,
             head=None if self.line.head is None else functools.partial(self.line.head, variables),
         )  # fmt: skip
@@ -412,7 +450,8 @@ class _Pass:
         return flow
 
     def _of(self, i: int, key: jax.Array) -> Context:
-        return self.context._replace(key=jax.random.fold_in(key, i), site=self.links[i].site)
+        link = self.links[i]
+        return self.context._replace(key=jax.random.fold_in(key, i), site=link.site, name=link.name)
 
     def _rest(self, flow: Flow, number: int, first_link: int, key: jax.Array) -> Rest:
         def run(value, other_key):
@@ -528,8 +567,8 @@ def _collected(links: Chain, reports: list[tuple[int, Mapping[str, jax.Array]]])
 
 
 def clean_logits(flow: Flow, logits: jax.Array) -> jax.Array:
-    """The logits [B, C] of the clean pass, which statistics of the classes are taken from: those that a search before has left in the
-    flow, or else `logits`."""
+    """The logits [B, C] of the clean pass, which statistics of the classes are taken from: those that a link before, which searches or
+    knows the label, has left in the flow, or else `logits`."""
     if CLEAN not in flow.extra or flow.extra[CLEAN][1].shape != logits.shape:
         return logits
     known, clean = flow.extra[CLEAN]
@@ -537,7 +576,7 @@ def clean_logits(flow: Flow, logits: jax.Array) -> jax.Array:
 
 
 def keep_clean(flow: Flow, logits: jax.Array, *, searched: ArrayLike = True) -> Flow:
-    """The flow with `clean_logits` for later links: those of the first search. searched: whether this link was one in this step."""
+    """The flow with `clean_logits` for later links: those of the first link that keeps some. searched: whether this one acts in this step."""
     known, before = flow.extra.get(CLEAN, (False, logits))
     done = jnp.asarray(searched) | (known if before.shape == logits.shape else False)
     clean = jax.lax.stop_gradient(clean_logits(flow, logits))

@@ -7,6 +7,7 @@ at named places. The models of `perturbjax.models` can; `line` does the same for
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,24 +78,52 @@ def line(
         (variables, value at the site before) and returns the value at its own site;
         a Line, which is returned as it is.
       stateful: the functions take `(variables, value, stats, *, train, key)` and return `(value, stats)`, for models with
-        BatchNorm or their own dropout.
+        BatchNorm or their own dropout (see below).
       head: variables -> (W [C, d], b [C]) of the last layer, for the methods that need the class rows (ISDA).
       scale: s, if the logits are s·cos θ, for the methods that need a cosine head (LDAM, ArcFace).
 
     >>> two = line({"features": lambda w, x: x @ w["a"], "logits": lambda w, a: a @ w["b"]})
     >>> two.sites
     ('input', 'features', 'logits')
+
+    A Flax module `net` with BatchNorm and dropout, whose own flag is `train`; the statistics go from step to step beside the states:
+
+        def apply(params, x, stats, *, train, key):
+            variables, rngs = {"params": params, "batch_stats": stats}, {"dropout": key} if train else {}
+            logits, new = net.apply(variables, x, train=train, rngs=rngs, mutable=["batch_stats"])
+            return logits, new["batch_stats"]
+
+        loss = pj.objective(pj.line(apply, stateful=True), chain, num_classes=10)
+        states = loss.init(params, x, stats=stats)
+        value, out = loss(params, states, pj.batch(x, y), key=key, stats=stats)
+        states, stats = out.states, out.stats
+
+    A flax.nnx model with them, taken apart by `graphdef, params, stats = nnx.split(model, nnx.Param, ...)`:
+
+        def apply(params, x, stats, *, train, key):
+            net = nnx.merge(graphdef, params, stats, copy=True)
+            net.train() if train else net.eval()
+            return net(x), nnx.state(net, nnx.Not(nnx.Param))
     """
     if isinstance(model, Line):
         return model
+    pieces = dict(model) if isinstance(model, Mapping) else {"logits": model}
+    nnx = sys.modules.get("flax.nnx")  # where it isn't loaded, there is no module of it
+    for piece in (model, *pieces.values()):
+        if nnx is not None and isinstance(piece, nnx.Module):
+            raise ValueError(
+                f"line needs a function of the parameters, got {type(piece).__name__}, a flax.nnx module, which holds its own. "
+                "Write graphdef, params = nnx.split(model); pj.line(lambda p, x: nnx.merge(graphdef, p)(x)); "
+                "with BatchNorm or dropout see its docstring."
+            )
     if hasattr(model, "sites") and hasattr(model, "apply"):
         return _from_module(model)
-    pieces = dict(model) if isinstance(model, Mapping) else {"logits": model}
     # A Flax module is callable, but only inside another one.
     if not pieces or not all(callable(piece) and not hasattr(piece, "apply") for piece in pieces.values()):
         raise ValueError(
             f"line needs a Flax module with sites, a function or a mapping from site to function, got {model!r}. "
-            "For a Flax model without sites write pj.line(model.apply)."
+            "For a Flax model without sites write pj.line(model.apply); with BatchNorm or dropout: pj.line(apply, stateful=True), "
+            "see its docstring."
         )
     if list(pieces)[-1] != "logits" or "input" in pieces:
         raise ValueError(
@@ -104,9 +133,12 @@ def line(
     sites = ("input", *pieces)
 
     def run_slice(variables, value, start, stop, *, stats=None, train=True, key=None):
-        for name in sites[sites.index(start) + 1 : sites.index(stop) + 1]:
+        for place in range(sites.index(start) + 1, sites.index(stop) + 1):
+            name = sites[place]
             if stateful:
-                value, stats = pieces[name](variables, value, stats, train=train, key=key)
+                # Each piece draws for itself, the same in every slice; the first one with the key as it is, as a model of one piece.
+                own = key if key is None or place == 1 else jax.random.fold_in(key, place)
+                value, stats = pieces[name](variables, value, stats, train=train, key=own)
             else:
                 value = pieces[name](variables, value)
         return value, stats

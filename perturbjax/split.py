@@ -83,7 +83,7 @@ def by_accuracy(
         before = running_mean_init(context.num_classes) if update == "batch" else state
         return running_mean_update(
             before, score(clean), clean.labels, update="epoch" if update == "epoch" else "step", decay=decay,
-            epoch=context.epoch, axis_name=context.axis_name,
+            epoch=context.epoch if update == "epoch" else 0, axis_name=context.axis_name,
         )  # fmt: skip
 
     def counted(state: RunningMean) -> jax.Array:
@@ -193,7 +193,8 @@ def by_variance(*, tau: ArrayLike | str = "mean", update: Update = "epoch", deca
     def advance(state: VarianceState, clean: Clean, context: Context) -> VarianceState:
         p = jax.nn.softmax(wide(clean.logits), axis=-1)
         h = p - clean.targets.astype(p.dtype)
-        options = dict(update=update, decay=decay, epoch=context.epoch, axis_name=context.axis_name)
+        epoch = context.epoch if update == "epoch" else 0
+        options = dict(update=update, decay=decay, epoch=epoch, axis_name=context.axis_name)
         return VarianceState(
             running_mean_update(state.mean, h, clean.labels, **options),
             running_mean_update(state.square, jnp.sum(h**2, axis=-1), clean.labels, **options),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import perturbjax as pj
 from perturbjax.bound import check_bound, largest, needs, radius
 from perturbjax.classes import running_mean_init
+from perturbjax.core import Where
 from perturbjax.models import CNN, ResNet
 
 C = 5
@@ -21,6 +22,7 @@ SEEN = np.array([1, 1, 1, 1, 0], bool)
 CONTEXT = pj.Context(
     num_classes=C,
     class_counts=jnp.asarray(COUNTS),
+    where=Where(step=0),
     level=pj.line(ResNet(depth=8, num_classes=C, mean=(0.5,), std=(1.0,))).level,
 )
 ACCURACY = running_mean_init(C)._replace(mean=jnp.asarray(Q), seen=jnp.asarray(SEEN))
@@ -45,7 +47,9 @@ def test_fixed():
 @pytest.mark.optax_promotes
 def test_a_schedule_of_the_step():
     schedule = optax.linear_schedule(0.0, 1.0, 10)
-    found = lambda step: radius(schedule, default=0.1, split=pj.all_classes(), state=(), context=CONTEXT._replace(step=step))
+    found = lambda step: radius(
+        schedule, default=0.1, split=pj.all_classes(), state=(), context=CONTEXT._replace(where=Where(step=step))
+    )
     close(jax.jit(found)(3), 0.3)
     close(found(jnp.int32(20)), 1.0)
 
@@ -53,7 +57,7 @@ def test_a_schedule_of_the_step():
 def test_a_course_follows_the_progress():
     """From the first number to the last over the run, also inside the layers' scale; its largest value is an end."""
     found = lambda bound, progress, **place: radius(
-        bound, default=0.1, split=pj.all_classes(), state=(), context=CONTEXT._replace(progress=progress), **place
+        bound, default=0.1, split=pj.all_classes(), state=(), context=CONTEXT._replace(where=Where(progress=progress)), **place
     )
     course = pj.linear(first=0.4, last=0.1)
     for progress, value in ((0.0, 0.4), (0.5, 0.25), (1.0, 0.1)):
@@ -78,7 +82,12 @@ def test_a_schedule_that_turns_negative_becomes_nan_and_turns_no_direction_round
     bound = NEGATIVE[name]()
     found = jax.jit(
         lambda step: radius(
-            bound, default=0.1, split=pj.all_classes(), state=(), context=CONTEXT._replace(step=step), site="stage3"
+            bound,
+            default=0.1,
+            split=pj.all_classes(),
+            state=(),
+            context=CONTEXT._replace(where=Where(step=step)),
+            site="stage3",
         )
     )
     assert np.isfinite(found(2)).all()

@@ -47,6 +47,11 @@ def test_numbers_outside_don_t_and_the_message_has_the_rule_and_a_number_inside(
     check_number("f", **limits, x=instead)
 
 
+def test_a_flag_is_written_as_it_is_typed():
+    assert message(check_number, "--seeds", low=1, seeds=0) == "--seeds needs seeds >= 1, got 0. Write --seeds 1."
+    assert message(check_number, "--reach", low=0, reach="far").endswith("Write --reach 1.")
+
+
 def test_one_element_outside_is_enough():
     assert "got [0.5 2. ]" in message(check_number, "f", low=0, high=1, x=np.array([0.5, 2.0]))
     assert "needs y >= 0" in message(check_number, "f", low=0, x=1, y=-1)

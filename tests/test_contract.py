@@ -284,7 +284,7 @@ def test_eight_devices_are_one_device(make):
 @every_method
 def test_per_device_code_takes_class_statistics_over_all_devices(make, monkeypatch):
     if make.__name__ in MIX_WITHIN_THE_BATCH:
-        assert "device" in make.__doc__ or "device" in sys.modules["perturbjax.feature.mixup"].mixup.__doc__
+        assert "within each device's batch" in make.__doc__
         return
     # BatchNorm without synchronisation sees its own device's samples; that is not what is tested here.
     monkeypatch.setitem(globals(), "normalised", lambda x, running, train: (x, running))
@@ -349,3 +349,14 @@ def test_every_method_is_in_the_table_once_for_each_of_its_targets_and_granulari
     at, name = make.coordinates, f"{make.alias or make.__name__}{taxonomy.sign(make.coordinates.direction)}"
     found = [(row["target"], row["granularity"]) for row in taxonomy.table() if name in row[at.inference]]
     assert sorted(found) == sorted((t, g) for t in at.target for g in at.granularity)
+
+
+def test_the_short_names_of_the_command_line_say_what_they_are_called_in_python():
+    short = {name: factory for name, factory in taxonomy.registry().items() if name not in vars(pj)}
+    assert {"la", "at", "ls", "erm"} <= set(short)
+    for name, factory in short.items():
+        with pytest.raises(AttributeError, match=rf"^perturbjax has no '{name}'\. Write pj\.{factory.__name__}\.$"):
+            getattr(pj, name)
+        assert getattr(pj, factory.__name__) is factory
+    with pytest.raises(AttributeError, match="module 'perturbjax' has no attribute 'lppl'"):
+        pj.lppl  # noqa: B018

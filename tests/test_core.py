@@ -39,7 +39,7 @@ def run(links=(), *, data=None, params=PARAMS, model=MODEL, states=None, setting
     made = pj.objective(model, links, **{"num_classes": C} | (settings or {}))
     data = batch() if data is None else data
     states = made.init(params, data.inputs, stats=options.get("stats")) if states is None else states
-    return made(params, states, data, **options)
+    return made(params, states, data, **dict(step=0, progress=0.0, epoch=0) | options)
 
 
 def gradient(links=(), params=PARAMS, **options):
@@ -221,7 +221,7 @@ def test_methods_that_search_cost_what_they_say():
     made = pj.objective(counting(ran), links, num_classes=C)
     states = made.init(PARAMS, INPUTS)
     del ran[:]
-    jax.make_jaxpr(lambda w: made(w, states, batch()))(PARAMS)
+    jax.make_jaxpr(lambda w: made(w, states, batch(), epoch=0))(PARAMS)
     assert [ran.count(name) for name in PIECES] == [1 + 2, 1 + 2 + 3, 1 + 2 + 3]
 
 
@@ -232,7 +232,7 @@ def test_no_link_no_extra_pass():
     )
     states = made.init(PARAMS, INPUTS)
     del ran[:]
-    jax.make_jaxpr(lambda w: made(w, states, batch()))(PARAMS)
+    jax.make_jaxpr(lambda w: made(w, states, batch(), epoch=0))(PARAMS)
     assert ran == list(PIECES)
 
 
@@ -775,6 +775,34 @@ def test_links_know_where_training_stands():
     assert (now.step, now.progress, now.epoch, now.validation) == (5, 0.25, 2, "clean")
     assert now.variables is PARAMS
     equal(now.head()[0], PARAMS["c"].T)
+
+
+def test_a_place_in_training_that_was_not_told_is_an_error_for_those_who_follow_it():
+    for method, name in [
+        (pj.lpg(), "epoch"),
+        (pj.online_label_smoothing(), "epoch"),
+        (pj.proselflc(), "progress"),
+        (pj.gce(truncate=0.5), "progress"),
+        (pj.lpl(bound=pj.linear(first=1.0, last=0.0), direction=1.0), "progress"),
+        (pj.lpl(bound=lambda step: 0.1 * step, direction=1.0, max_steps=3), "step"),
+        (pj.class_weighting(weights=(1.0, 2.0, 3.0), start=0.5), "progress"),
+    ]:
+        told = dict(step=1, progress=0.5, epoch=1)
+        run(method, **told)
+        with pytest.raises(ValueError, match=f"^{method.name} needs {name!r}, got none. Pass {name}="):
+            run(method, **told | {name: None})
+
+
+def test_methods_that_follow_nothing_need_no_place():
+    for method in (
+        pj.lpl(),
+        pj.gce(),
+        pj.class_weighting(weights=(1.0, 2.0, 3.0)),
+        pj.lpg(direction=1.0),
+        pj.lpa(direction=1.0),
+    ):
+        told = run(method, step=9, progress=0.9, epoch=9)
+        jax.tree.map(np.testing.assert_array_equal, run(method, step=None, progress=None, epoch=None), told)
 
 
 def test_side_information_index_and_extra_travel_along():

@@ -52,13 +52,28 @@ def test_stateful_functions_get_statistics_mode_and_key_and_hand_statistics_on()
 
         return run
 
-    made = pj.line({"stage1": stage("stage1"), "logits": stage("logits")}, stateful=True)
-    value, stats = made.slice(W, X, "input", "logits", stats={"stage1": 0, "logits": 5}, train=False, key="k")
+    made, key = pj.line({"stage1": stage("stage1"), "logits": stage("logits")}, stateful=True), jax.random.key(3)
+    value, stats = made.slice(W, X, "input", "logits", stats={"stage1": 0, "logits": 5}, train=False, key=key)
     np.testing.assert_allclose(value, X + 2)
     assert stats == {"stage1": 1, "logits": 6}
-    assert seen == [("stage1", False, "k"), ("logits", False, "k")]
+    assert [(name, train) for name, train, _ in seen] == [("stage1", False), ("logits", False)]
     _, stats = made.slice(W, X, "stage1", "logits", stats={"stage1": 0, "logits": 5}, train=True, key=None)
     assert stats == {"stage1": 0, "logits": 6}
+
+
+def test_every_piece_draws_for_itself_whichever_slice_it_is_run_in():
+    """And a model of one piece draws with the key as it is."""
+    dropped = lambda w, x, stats, *, train, key: (jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x, 0), stats)
+    three, key = pj.line(dict.fromkeys(("stage1", "stage2", "logits"), dropped), stateful=True), jax.random.key(3)
+    ones = jnp.ones([8, 32])
+    run = lambda start, stop: three.slice(W, ones, start, stop, stats=None, train=True, key=key)[0]
+    masks = [run("input", "stage1"), run("stage1", "stage2"), run("stage2", "logits")]
+    for i in range(3):
+        assert not np.array_equal(masks[i], masks[i - 1])
+    np.testing.assert_array_equal(run("input", "logits"), masks[0] * masks[1] * masks[2])
+    one = pj.line(dropped, stateful=True)
+    expected = jax.random.bernoulli(key, 0.5, ones.shape).astype(np.float32)
+    np.testing.assert_array_equal(one.slice(W, ones, "input", "logits", stats=None, train=True, key=key)[0], expected)
 
 
 class Net(nn.Module):
@@ -148,3 +163,74 @@ def test_a_flax_module_without_sites_goes_in_as_its_apply():
     module = nn.Dense(2)
     variables = module.init(jax.random.key(0), X)
     np.testing.assert_array_equal(whole(pj.line(module.apply), variables)[0], module.apply(variables, X))
+
+
+class Usual(nn.Module):
+    """BatchNorm and dropout as Flax users write them, without sites."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(5)(x))
+        return nn.Dense(2)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+def test_a_flax_model_with_batchnorm_and_dropout_goes_in_as_the_docstring_says():
+    net, key, y = Usual(), jax.random.key(3), jnp.array([0, 1, 1])
+
+    def apply(params, x, stats, *, train, key):
+        variables, rngs = {"params": params, "batch_stats": stats}, {"dropout": key} if train else {}
+        logits, new = net.apply(variables, x, train=train, rngs=rngs, mutable=["batch_stats"])
+        return logits, new["batch_stats"]
+
+    made, variables = pj.line(apply, stateful=True), net.init(jax.random.key(0), X, train=False)
+    params, stats = variables["params"], variables["batch_stats"]
+    expected, new = net.apply(variables, X, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+    value, after = made.slice(params, X, "input", "logits", stats=stats, train=True, key=key)
+    jax.tree.map(np.testing.assert_array_equal, (value, after), (expected, new["batch_stats"]))
+    value, same = made.slice(params, X, "input", "logits", stats=stats, train=False, key=None)
+    np.testing.assert_array_equal(value, net.apply(variables, X, train=False))
+    jax.tree.map(np.testing.assert_array_equal, same, stats)
+    loss = pj.objective(made, pj.lpl(bound=0.5), num_classes=2)
+    _, out = loss(params, loss.init(params, X, stats=stats), pj.batch(X, y), key=key, stats=stats)
+    jax.tree.map(np.testing.assert_array_equal, out.stats, after)
+    with pytest.raises(ValueError, match=r"with BatchNorm or dropout: pj.line\(apply, stateful=True\)"):
+        pj.line(net)
+
+
+def test_a_module_of_flax_nnx_is_an_error_whose_recipe_works():
+    nnx = pytest.importorskip("flax.nnx")
+    model, y = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), jnp.array([0, 1, 1])
+    for given in (model, {"features": lambda w, x: x, "logits": model}):
+        with pytest.raises(
+            ValueError, match=r"got Linear, .*Write graphdef, params = nnx.split\(model\); pj.line\(lambda p, x:"
+        ):
+            pj.line(given)
+    graphdef, params = nnx.split(model)
+    loss = pj.objective(pj.line(lambda p, x: nnx.merge(graphdef, p)(x)), num_classes=2)
+    states = loss.init(params, X)
+    (_, out), grads = jax.jit(jax.value_and_grad(lambda p: loss(p, states, pj.batch(X, y)), has_aux=True))(params)
+    np.testing.assert_allclose(out.logits, model(X), rtol=1e-5)
+    assert float(jnp.abs(grads["kernel"][...]).max()) > 0
+
+
+def test_an_nnx_module_with_batchnorm_and_dropout_goes_in_as_the_docstring_says():
+    nnx = pytest.importorskip("flax.nnx")
+    rngs, y = nnx.Rngs(0), jnp.array([0, 1, 1])
+    model = nnx.Sequential(nnx.Linear(4, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+
+    def apply(params, x, stats, *, train, key):
+        net = nnx.merge(graphdef, params, stats, copy=True)
+        net.train() if train else net.eval()
+        return net(x), nnx.state(net, nnx.Not(nnx.Param))
+
+    loss = pj.objective(pj.line(apply, stateful=True), num_classes=2)
+    states = loss.init(params, X, stats=stats)
+    step = jax.jit(jax.grad(lambda p, s, stats: loss(p, s, pj.batch(X, y), stats=stats), has_aux=True))
+    grads, out = step(params, states, stats)
+    _, later = step(params, out.states, out.stats)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert not np.array_equal(out.logits, later.logits)  # other units were dropped
+    model.train()
+    np.testing.assert_allclose(out.logits, model(X), rtol=1e-5)
+    np.testing.assert_allclose(out.stats.layers[1].mean[...], model.layers[1].mean[...], rtol=1e-5)

@@ -50,5 +50,9 @@ def test_every_command_has_flags_methods_and_views_that_exist(line):
         spec.resolve(spec.parse_chain(parsed.view), VIEWS)
 
 
-def test_no_placeholder_is_left():
-    assert not re.search(r"^(TABLE|BENCH|TAXONOMY)$", README, re.MULTILINE)
+def test_a_gpu_s_jax_is_installed_into_the_environment_of_the_commands_in_their_version():
+    """Or the first command moves jax away from the plugin's version."""
+    [line] = [line for line in README.splitlines() if "jax[cuda13]" in line]
+    assert line.startswith("python3 -m venv .venv && .venv/bin/pip install ") and line.endswith(" -c tests/constraints.txt")
+    pinned = (pathlib.Path(__file__).parent / "constraints.txt").read_text()
+    assert len(set(re.findall(r"^jax(?:lib)?==(.*)$", pinned, re.MULTILINE))) == 1

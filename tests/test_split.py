@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import perturbjax as pj
+from perturbjax.core import Where
 from perturbjax.split import SCALES, Clean, as_split, by_loss, by_loss_top
 
 C = 4
 
 
-def context(**fields):
-    return pj.Context(**dict(num_classes=C) | fields)
+def context(epoch=0, **fields):
+    return pj.Context(**dict(num_classes=C, where=Where(epoch=epoch)) | fields)
 
 
 def clean(logits, labels):

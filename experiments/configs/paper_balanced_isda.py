@@ -4,8 +4,8 @@
     python experiments/compare.py --config paper_balanced_isda --data cifar100
     python experiments/compare.py --config paper_balanced_isda --smoke                      # the same code on digits, seconds
 
-For a GPU. For ResNet-32 and 110: --model resnet32 --epochs 160 --milestones 80 120 --decay 0.1 --weight-decay 1e-4; the code has
-1x1 convolutions in its shortcuts and pads by reflection, ours neither.
+For a GPU. For ResNet-32 and 110: --model resnet32 --shortcut B --epochs 160 --milestones 80 120 --decay 0.1 --weight-decay 1e-4. The
+code pads by reflection, ours with zeros, and draws those two nets' kernels by fan-out, ours by fan-in.
 """
 
 

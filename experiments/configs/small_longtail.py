@@ -21,7 +21,7 @@ def config():
         weight_decay=5e-4,
         warmup_epochs=1.0,
         augment=True,
-        methods="ce, la, lpl(split=frequency, bound=varied(1.5, 1.5)), lpg(split=frequency), lpa(split=frequency), sam",
+        methods="ce, la, lpl(split=frequency, bound=varied_by_frequency(0, 2.5)), lpg(split=frequency), lpa(split=frequency), sam",
         seeds=3,
         smoke=SMOKE,
     )

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import bench, shared
@@ -23,8 +22,8 @@ from perturbjax.training import (
     Options,
     Recipe,
     Run,
+    TimedStep,
     cost_ratios,
-    device_data,
     fit,
     fit_many,
     init_state,
@@ -33,7 +32,6 @@ from perturbjax.training import (
 )
 from perturbjax.training.feed import Feed
 from perturbjax.training.loop import extra_gradients
-from perturbjax.training.step import as_arrays, compiled_step
 
 HOPELESS = 5.0  # so many times slower than the other kind, they are not measured further
 
@@ -87,14 +85,7 @@ def stepper(check: Check, recipe: Recipe, numbers: dict, dataset: Dataset) -> tu
     The share of the work behind a site is counted on the CPU: compiled for a GPU, convolutions are calls of a library, whose
     operations the compiler doesn't know.
     """
-    data, arrays, step = device_data(dataset), as_arrays(numbers), compiled_step(recipe)
-    held = [init_state(recipe, numbers, data, 0)]
-    index = jnp.arange(recipe.batch_size, dtype=jnp.int32)[None]
-
-    def run():
-        held[0], metrics, _ = step(held[0], arrays, data, index)
-        return metrics
-
+    run = TimedStep(recipe, numbers, dataset)
     metrics, work = jax.device_get(run()), 1.0
     with jax.default_device(check.cpu):
         for link in split_methods(recipe.build(numbers["method"]))[0]:
@@ -102,7 +93,7 @@ def stepper(check: Check, recipe: Recipe, numbers: dict, dataset: Dataset) -> tu
                 state = init_state(recipe, numbers, sample_data(dataset), 0)
                 share = bench.share_after(recipe, state, dataset.train_images[: recipe.batch_size], link.site)
                 work += 2 * bench.inner_evaluations(recipe, metrics, link) / 3 * share
-    return run, work * (1 + extra_gradients(held[0].opt_state))
+    return run, work * (1 + extra_gradients(run.state.opt_state))
 
 
 def seconds_a_step(run: Callable, steps: int) -> float:

@@ -5,12 +5,14 @@ from experiments.shared.building import (
     branch_options,
     channel_stats,
     check_runs,
+    check_step,
     load_view,
     make_numbers,
     make_recipe,
     parse_methods,
     print_notes,
     source,
+    views_of,
 )  # fmt: skip
 from experiments.shared.flags import CONFIGS, Settings, first_flags, flags_of_recipe, read_config, value_of
 from experiments.shared.folders import finished_run, identity, prepare_out, slug
@@ -27,8 +29,8 @@ from experiments.shared.records import (
 )  # fmt: skip
 
 __all__ = [
-    "CONFIGS", "Method", "Settings", "attacked", "attacked_before", "attacks_of", "branch_options", "channel_stats", "check_runs",
+    "CONFIGS", "Method", "Settings", "attacked", "attacked_before", "attacks_of", "branch_options", "channel_stats", "check_runs", "check_step",
     "command_line", "finished_run", "first_flags", "flags_of_recipe", "identity", "load_view", "make_numbers", "make_recipe", "options",
     "parse_methods", "prepare_out", "print_notes", "read_config", "read_results", "record", "results_of", "slug", "source", "start",
-    "value_of", "versions",
+    "value_of", "versions", "views_of",
 ]  # fmt: skip

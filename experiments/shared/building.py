@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments.shared.flags import Settings
+from experiments.shared.flags import Settings, devices_of
 from perturbjax import spec, taxonomy
 from perturbjax.checks import check_number
 from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load
@@ -19,8 +19,19 @@ from perturbjax.frozen import check_frozen
 from perturbjax.loss.balanced_fine_tuning import balanced_fine_tuning
 from perturbjax.models import TEXT_NAMES, bert_fields, create, load_bert, load_resnet, resnet_fields, with_vectors
 from perturbjax.parameter.swad import is_swad
-from perturbjax.training import FineTuning, Recipe, Schedule, init_state, sample_data, split_methods
-from perturbjax.training.step import pixels
+from perturbjax.training import (
+    DeviceData,
+    Devices,
+    FineTuning,
+    Recipe,
+    Schedule,
+    TrainState,
+    init_state,
+    sample_data,
+    split_methods,
+)
+from perturbjax.training.feed import step_size, streams
+from perturbjax.training.step import as_arrays, compiled_step, pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +78,18 @@ def fine_tuning(structure: tuple, numbers: tuple, registry: Mapping[str, Callabl
     return None
 
 
-def load_view(settings: Settings, seed: int) -> Dataset:
-    """The data with the settings' view drawn with this seed, checked."""
-    views = ()
-    if settings.view.strip() not in ("", "none"):
-        chain = spec.resolve(spec.parse_chain(settings.view), VIEWS)
-        views = tuple(VIEWS[call.name](**dict(call.kwargs)) for call in chain)
+def load_view(settings: Settings, seed: int, views: tuple[Callable, ...] | None = None) -> Dataset:
+    """The data with the settings' view drawn with this seed (or these views of it), checked."""
+    views = views_of(settings.view) if views is None else views
     form = {"text_length": settings.text_length, "vocabulary": settings.vocabulary, "vocabulary_size": settings.vocabulary_size}
     found = source(settings.data, settings.image_size, **form)
     return check_duplicates(check(apply_views(found, views, seed)))
+
+
+def views_of(text: str, wanted: Callable[[str], bool] = lambda name: True) -> tuple[Callable, ...]:
+    """The views of a chain as typed, those of a wanted name."""
+    chain = () if text.strip() in ("", "none") else spec.resolve(spec.parse_chain(text), VIEWS)
+    return tuple(VIEWS[call.name](**dict(call.kwargs)) for call in chain if wanted(call.name))
 
 
 @functools.cache
@@ -84,9 +98,15 @@ def source(name: str, image_size: int | None = None, **form: Any) -> Dataset:
     return load(name, image_size=image_size, **form)
 
 
-def print_notes(dataset: Dataset, console: Console) -> None:
-    """What the data's reader wants people to know."""
-    for note in dataset.notes:
+def print_notes(dataset: Dataset, console: Console, settings: Settings, *, steps: int | None = None) -> None:
+    """What the data's reader wants people to know, and batches that change nothing. steps: of a run; None: by --epochs."""
+    total = settings.epochs * (len(dataset.train_labels) // settings.batch_size) if steps is None else steps
+    unused = total % settings.accumulate
+    left = (
+        f"The last {unused} of {total} steps change nothing: --accumulate {settings.accumulate} makes one update of every "
+        f"{settings.accumulate}.",
+    )
+    for note in (*dataset.notes, *(left if unused else ())):
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
 
 
@@ -126,16 +146,23 @@ def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tup
     )  # fmt: skip
 
 
-def branch_options(settings: Settings) -> dict[str, float]:
-    """The model's fields for what happens on its residual branches."""
+def branch_options(settings: Settings) -> dict[str, Any]:
+    """The model's fields for what happens on its residual branches, and beside them."""
     given = {name: value for name in ("stochastic_depth", "shakedrop") if (value := getattr(settings, name))}
+    large = settings.model in ("resnet50", "resnet101")
     for name in given:
-        if not settings.model.startswith(("resnet", "se_resnet", "wrn")) or settings.model in ("resnet50", "resnet101"):
+        if large or not settings.model.startswith(("resnet", "la_net", "se_resnet", "wrn")):
             raise ValueError(
-                f"--{name.replace('_', '-')} needs --model resnet8 to resnet110, se_resnet… or wrn…, got {settings.model}. "
+                f"--{name.replace('_', '-')} needs --model resnet8 to resnet110, la_net, se_resnet… or wrn…, got {settings.model}. "
                 "Write --model resnet20, or leave it out."
             )
-    return given
+    if settings.shortcut == "A":
+        return given
+    if large or not settings.model.startswith("resnet"):
+        raise ValueError(
+            f"--shortcut {settings.shortcut} needs --model resnet8 to resnet110, got {settings.model}. Leave it out."
+        )
+    return given | {"shortcut": settings.shortcut}
 
 
 def freezing(settings: Settings) -> dict[str, Any]:
@@ -239,8 +266,13 @@ def make_numbers(settings: Settings, numbers: tuple) -> dict:
     }
 
 
-def check_runs(settings: Settings, dataset: Dataset, methods: Mapping[str, tuple[Method, tuple]]) -> None:
-    """Builds every method once on the host, so that a wrong setting ends the program before anything is trained."""
+def check_runs(
+    settings: Settings, dataset: Dataset, methods: Mapping[str, tuple[Method, tuple]], stats: tuple | None = None
+) -> None:
+    """Builds every method and traces its training step, so that a wrong setting ends the program before anything is trained.
+
+    stats: as for `make_recipe`; those that the runs will have make the trace theirs.
+    """
     check_number("--learning-rate", low=0, open_low=True, high=1e30, learning_rate=settings.learning_rate)
     check_number("--momentum", low=0, high=1, momentum=settings.momentum)
     check_number("--weight-decay", low=0, high=1e30, weight_decay=settings.weight_decay)
@@ -252,11 +284,34 @@ def check_runs(settings: Settings, dataset: Dataset, methods: Mapping[str, tuple
         check_number(flag, low=1, **{flag.strip("-"): value})
     for typed, (method, numbers) in methods.items():
         try:
-            recipe = make_recipe(settings, dataset, method)
+            recipe = make_recipe(settings, dataset, method, stats)
             state = init_state(recipe, make_numbers(settings, numbers), sample_data(dataset), 0)
             if any(is_swad(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_swad)):
                 raise ValueError(
                     "swad needs validation losses and a window, got a script without them. Write experiments/domains.py."
                 )
-        except ValueError as error:
+            check_step(settings, recipe, state, make_numbers(settings, numbers), dataset)
+        except (ValueError, TypeError) as error:  # of shapes, JAX raises either
             raise ValueError(f"{typed}: {error}") from error
+
+
+def check_step(
+    settings: Settings, recipe: Recipe, state: TrainState, numbers: dict, dataset: Dataset, *, steps: int | None = None
+) -> None:
+    """Traces a call of the training step: settings that only the step can refuse raise here, and nothing is computed.
+
+    JAX keeps the trace: the run that calls the same step with data of these shapes does not trace it again. steps: of one call.
+    """
+    devices, streamed = devices_of(settings), streams(dataset, settings.stream)
+    per_call = steps or min(step_size(settings.steps_per_call, streamed), recipe.steps_per_epoch)
+    like = lambda x, *before: jax.ShapeDtypeStruct((*before, *np.shape(x)[len(before) > 0 :]), x.dtype)
+    index = jax.ShapeDtypeStruct((per_call, recipe.batch_size), jnp.int32)
+    data = DeviceData(
+        None if streamed else like(dataset.train_images), like(dataset.train_labels),
+        jax.ShapeDtypeStruct((dataset.num_classes,), jnp.int32),
+        None if dataset.train_domains is None else like(dataset.train_domains),
+    )  # fmt: skip
+    images = like(dataset.train_images, *index.shape) if streamed else None
+    # Under pmap the step of one device stands for it: what is per device changes no setting.
+    step: Any = compiled_step(recipe, Devices() if devices.mapped else devices)
+    step.eval_shape(state, as_arrays(numbers), data, index, images)

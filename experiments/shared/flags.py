@@ -5,13 +5,15 @@ import inspect
 import pathlib
 import runpy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import jax
 from rich.console import Console
 
+import perturbjax
 from perturbjax import taxonomy
 from perturbjax.checks import nearest
-from perturbjax.training import recipe_flags, start_processes
+from perturbjax.training import Devices, recipe_flags, start_processes
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -35,8 +37,8 @@ class Settings:
     vocabulary_size: int | None = None
     """Words of that vocabulary, at most; 25,000 if not given."""
     model: str = "mlp"
-    """mlp, cnn, resnet8/20/32/44/56/110, se_resnet20/110, wrn16-8, wrn28-10, shake26, resnet50/101 (for large images); of texts bilstm,
-    bert-base, which bring the taxonomy paper's protocol for texts along: view, epochs, optimiser and schedule below."""
+    """mlp, cnn, resnet8/20/32/44/56/110, la_net, se_resnet20/110, wrn16-8, wrn28-10, shake26, resnet50/101 (for large images); of texts
+    bilstm, bert-base, which bring the taxonomy paper's protocol for texts along: view, epochs, optimiser and schedule below."""
     width: int | None = None
     """Channels of the model's first layer; the model's own if not given."""
     head: str | None = None
@@ -45,6 +47,8 @@ class Settings:
     """One more output of the model, for abstention; methods that need it (dac) get it anyway."""
     dropout: float | None = None
     """Dropout rate inside the model's stages; the model's own (images 0, bilstm 0.5, bert-base 0.1) if not given."""
+    shortcut: Literal["A", "B"] = "A"
+    """Where blocks of resnet8 to 110 change the shape: A (zero channels, as in LDAM's code) or B (1x1 convolutions, as in ISDA's)."""
     stochastic_depth: float = 0.0
     """Rate at which the last block of a resnet or wrn is left out, rising linearly from the first one; 0.5 in the paper."""
     shakedrop: float = 0.0
@@ -133,10 +137,11 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
 """Flags that a model sets where nothing is said: of texts, the taxonomy paper's protocol (AdamW with its usual decay, batch 64)."""
 
 
-def first_flags(argv: Sequence[str], settings: type, epilogue: str) -> Any:
+def first_flags(argv: Sequence[str], settings: type, epilogue: str, *, one_process: bool = False) -> Any:
     """The settings of a command line: those of --config NAME first, flags on top.
 
     --list and --config act before the rest; unknown flags end the program with the nearest one (tyro).
+    one_process: the script can't be spread over several, and says so.
     """
     import tyro  # here: a machine without it can still import this module
 
@@ -169,6 +174,11 @@ def first_flags(argv: Sequence[str], settings: type, epilogue: str) -> Any:
     chosen = tyro.cli(
         settings, args=argv, default=settings(**defaults), description=epilogue, config=(tyro.conf.OmitArgPrefixes,)
     )
+    if one_process and (host := getattr(chosen, "coordinator", None)) is not None:  # before it waits for the others
+        raise ValueError(
+            f"{pathlib.Path(inspect.getfile(settings)).name} needs one process, got --coordinator {host}. "
+            "Leave out --coordinator, --num-processes and --process-id."
+        )
     begin(chosen)
     return chosen
 
@@ -179,6 +189,17 @@ def begin(settings: Settings) -> None:
         start_processes(settings.coordinator, settings.num_processes, settings.process_id)
     elif settings.num_processes != 1 or settings.process_id:
         raise ValueError("--num-processes and --process-id need --coordinator host:port, got none.")
+
+
+def devices_of(settings: Settings) -> Devices:
+    """What --devices and --parallel mean here; to be asked after `begin`. Raises ValueError for what can't be."""
+    several = jax.process_count() > 1
+    if several and settings.devices not in (None, jax.device_count()):
+        raise ValueError(
+            f"--devices needs all {jax.device_count()} devices with several processes, got {settings.devices}. Leave it out."
+        )
+    every = jax.device_count() if several or jax.default_backend() != "cpu" else 1
+    return Devices(settings.devices or every, settings.parallel)
 
 
 def flags_of_recipe(name: str, epochs: str | int | None) -> dict[str, Any]:
@@ -229,16 +250,19 @@ def config_flags(name: str, script: str, *, smoke: bool = False) -> dict[str, An
 
 
 def print_methods(registry: Mapping[str, Callable]) -> None:
-    """--list: every method with its coordinates and one line."""
+    """--list: every method with its coordinates and one line, and its name in Python where that is another one."""
     from rich.table import Table
 
     shown = Table("name", "target", "direction", "inference", "granularity", "what it does", box=None, pad_edge=False)
     for factory in dict.fromkeys(registry.values()):
+        name = getattr(factory, "alias", None) or factory.__name__
         summary_line = (factory.__doc__ or "").strip().splitlines()[0]
+        if name != factory.__name__ and getattr(perturbjax, factory.__name__, None) is factory:
+            summary_line += f" (pj.{factory.__name__})"
         if at := getattr(factory, "coordinates", None):
             coordinates = ["+".join(at.target), taxonomy.sign(at.direction), at.inference, "+".join(at.granularity)]
         else:
             coordinates = ["–"] * 4
-        shown.add_row(getattr(factory, "alias", None) or factory.__name__, *coordinates, summary_line)
+        shown.add_row(name, *coordinates, summary_line)
     wide = Console()
     (wide if wide.is_terminal else Console(width=160)).print(shown)

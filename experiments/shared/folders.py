@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import pathlib
 import re
 import sys
@@ -11,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.shared.flags import Settings
+from experiments.shared.flags import Settings, devices_of
 from perturbjax.data import Dataset
 from perturbjax.training import History, OtherSettings, RunFolder
 
 RUNTIME = (
-    "out", "plugin", "devices", "parallel", "stream", "steps_per_call", "checkpoint_seconds", "log_every", "tensorboard", "coordinator",
+    "out", "plugin", "devices", "stream", "steps_per_call", "checkpoint_seconds", "log_every", "tensorboard", "coordinator",
     "num_processes", "process_id", "cost_rounds", "vmapped", "attack",
 )  # fmt: skip
 """Flags that say where and how fast, not what: a run may go on with others."""
@@ -29,16 +30,33 @@ CHOICE = ("methods", "seeds", "over", "cross", "reference")
 def identity(settings: Settings, dataset: Dataset, **more: Any) -> dict[str, Any]:
     """The settings and data that make a run what it is, for its folder; `more` is what the run adds to them."""
     kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in (*RUNTIME, *CHOICE)}
+    if settings.shortcut == "A":  # as in the folders of versions without this flag
+        del kept["shortcut"]
     # The data by name, since its path may change; its labels and the choice of samples by their hash.
     found = {"data": dataset.name, "train_size": len(dataset.train_labels), "subset_hash": dataset.subset_hash}
     found |= {"images_hash": images_hash(dataset.train_images), "plugin_hash": [file_hash(path) for path in settings.plugin]}
-    return kept | found | more
+    found |= {"test_hash": images_hash(dataset.test_images), "parallel": settings.parallel}
+    if settings.parallel == "pmap":  # each device has BatchNorm and mixing of its own: their number changes the results
+        found["parallel"] = f"pmap over {devices_of(settings).count} devices"
+    files = {"weights_hash": settings.weights, "vectors_hash": settings.vectors}
+    return kept | found | {key: blocks_hash(path) for key, path in files.items() if path is not None} | more
 
 
 def images_hash(images: np.ndarray, at_most: int = 4096) -> str:
     """12 hex digits of the images, or of that many of them at equal distances."""
     step = -(-len(images) // at_most)
     return hashlib.sha256(np.ascontiguousarray(images[::step]).tobytes()).hexdigest()[:12]
+
+
+def blocks_hash(path: str, blocks: int = 1024, size: int = 4096) -> str:
+    """12 hex digits of a large file: its length, and that many blocks at equal distances, which are all of it below 4 MiB."""
+    length = os.stat(path).st_size
+    digest = hashlib.sha256(str(length).encode())
+    with open(path, "rb") as file:
+        for start in range(0, length, max(size, -(-length // blocks))):
+            file.seek(start)
+            digest.update(file.read(size))
+    return digest.hexdigest()[:12]
 
 
 def file_hash(path: str) -> str:

@@ -8,22 +8,16 @@ from typing import Any
 
 import jax
 
-from experiments.shared.flags import Settings
+from experiments.shared.flags import Settings, devices_of
 from experiments.shared.folders import slug
-from perturbjax.training import Devices, Interrupted, Options
+from perturbjax.training import Interrupted, Options
 
 
 def options(settings: Settings, folder: pathlib.Path | None = None) -> Options:
     """How to train, from the flags; with --tensorboard, events go to `folder`/tensorboard."""
-    several = jax.process_count() > 1
-    if several and settings.devices not in (None, jax.device_count()):
-        raise ValueError(
-            f"--devices needs all {jax.device_count()} devices with several processes, got {settings.devices}. Leave it out."
-        )
-    every = jax.device_count() if several or jax.default_backend() != "cpu" else 1
     main = jax.process_index() == 0
     return Options(
-        devices=Devices(settings.devices or every, settings.parallel),
+        devices=devices_of(settings),
         steps_per_call=settings.steps_per_call,
         stream=settings.stream,
         checkpoint_seconds=settings.checkpoint_seconds,

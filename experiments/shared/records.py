@@ -17,7 +17,7 @@ from rich.console import Console
 
 from experiments.shared.folders import images_hash
 from perturbjax.analysis import evaluate, load_results, mean_by_class, relative_loss_variation, summary
-from perturbjax.analysis.attack import PGD, Split, Universal, parse_attacks
+from perturbjax.analysis.attack import PGD, AttackData, Universal, parse_attacks
 from perturbjax.data import Dataset
 from perturbjax.loss.teacher import load_teacher
 from perturbjax.training import History
@@ -48,7 +48,6 @@ def record(histories: Sequence[History], datasets: Sequence[Dataset]) -> dict:
         "inner_evaluations": float(np.mean([h.inner_evaluations for h in histories])),
         "seconds": float(np.sum([h.seconds for h in histories])),
         "examples_per_second": float(np.mean([h.examples_per_second for h in histories])),
-        "peak_memory_bytes": max(h.peak_memory for h in histories),
         "learning_curve": {
             "epoch": list(range(1, len(histories[0].accuracy) + 1)),
             "accuracy": [h.accuracy for h in histories],
@@ -92,14 +91,14 @@ def attacked(
             if key not in kept:
                 with console.status(f"attacking {folder.parent.name}/{folder.name}: {typed}"):
                     net = net or load_teacher(folder)
-                    split = Split(
+                    data = AttackData(
                         dataset.train_images,
                         dataset.train_labels,
                         dataset.test_images,
                         dataset.test_labels,
                         dataset.num_classes,
                     )
-                    kept[key] = attack.accuracy(net, split, seed)
+                    kept[key] = attack.accuracy(net, data, seed)
                 dump_json(file, kept)
             found[typed].append(kept[key])
     return {typed: summary(values) for typed, values in found.items()}
@@ -119,8 +118,10 @@ def read_json(file: pathlib.Path) -> dict:
         return {}
 
 
-def results_of(settings: Any, datasets: Sequence[Dataset], seeds: Sequence[int], methods: dict) -> dict:
-    """The whole of results.json."""
+def results_of(
+    settings: Any, datasets: Sequence[Dataset], seeds: Sequence[int], histories: Mapping[str, Sequence[History]]
+) -> dict:
+    """The whole of results.json. histories: those of each method, one for each seed."""
     first = datasets[0]
     return {
         "command": command_line(),
@@ -137,7 +138,9 @@ def results_of(settings: Any, datasets: Sequence[Dataset], seeds: Sequence[int],
             "image_shape": list(first.image_shape),
         },
         "settings": dataclasses.asdict(settings) | {"seeds": list(seeds)},
-        "methods": methods,
+        # Of the whole process, whichever method it came from: a device doesn't tell the peak of a part.
+        "peak_memory_bytes": max(h.peak_memory for found in histories.values() for h in found),
+        "methods": {typed: record(found, datasets) for typed, found in histories.items()},
     }
 
 

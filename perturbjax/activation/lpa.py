@@ -145,7 +145,7 @@ def lpa(
             "expansion_raised": mean_over(signs > 0), "expansion_lowered": mean_over(signs < 0), "amplification": amplified,
             "inner_evaluations": jnp.int32(num_steps),
         }  # fmt: skip
-        return delta, (search.losses, before), state, metrics
+        return delta, (search.losses, clean_logits(search.aux, before)), state, metrics
 
     def apply(flow: Flow, rest: Rest, state: Any, context: Context):
         delta, (_, clean), state, metrics = search(flow, rest, state, context, False)

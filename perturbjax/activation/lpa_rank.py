@@ -4,7 +4,9 @@ r"""Low rank for LPA: gradients kept in the span of their k largest right singul
 
 V_c comes from the first (clean) gradient and holds for all steps: δ_c has rank k at most. As printed, eq. 12 compresses nothing
 (the gradient of a class is one vector, of rank 1) and drops u_j. Where a site has no positions (features), the gradients of all
-classes are the rows of one matrix, whose v_j all of them share. Source: "Learning to Perturb Activations" (LPA), section 3.4.4.
+classes are the rows of one matrix, whose v_j all of them share. Where nothing but a mean over positions and a linear head follows
+("last_stage" of the cnn and the resnets here), a class's gradient is alike at all positions, of rank 1: any k gives the same delta,
+whose first step is that of full rank and whose others keep its direction. Source: "Learning to Perturb Activations" (LPA), section 3.4.4.
 """
 
 import functools

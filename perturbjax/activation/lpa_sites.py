@@ -2,7 +2,9 @@ r"""Adaptive layer selection for LPA: of several candidate sites, the one whose 
 
     l* = argmax_l Σ_c | mean_{i: y_i = c} ℓ(a_i⁽ˡ⁾ + δ_c⁽ˡ⁾) − ℓ(a_i⁽ˡ⁾) |
 
-Compared on one batch, at the first step of the first epoch, of the second (the first with accuracies) and of every E-th after it.
+Compared on one batch, at the first step of the first epoch, of the second (the first with accuracies) and of every E-th after it: the
+training batch of that step. Batches held back, which the net has not fitted, would be missing in training and need passes of their
+own; the paper leaves open which it compares on.
 In that step every site searches from the clean pass and none is perturbed; in all others one site searches, and the rest cost
 nothing. Source: "Learning to Perturb Activations" (LPA), section 3.5, eq. 13.
 """

@@ -35,7 +35,7 @@ def softmax_binary_cross_entropy(log_p: jax.Array, targets: jax.Array) -> jax.Ar
 
 
 @method(
-    target=("activation", "label"), direction=(), inference="prior", granularity="sample",
+    target=("activation", "label"), direction=(+1, -1), inference="prior", granularity="sample",
     cite="Verma et al., ICML 2019", off=None,
 )  # fmt: skip
 def manifold_mixup(

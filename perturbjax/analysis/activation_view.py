@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from perturbjax.analysis.gradient_view import Variations, over_batches, split
+from perturbjax.analysis.gradient_view import Variations, over_batches
+from perturbjax.chains import split_methods
 from perturbjax.classes import class_count, class_mean, wide
 from perturbjax.core import Batch, Perturbation, objective
 from perturbjax.projection import group_norm
@@ -46,9 +47,9 @@ def activation_variation(
     class_counts: ArrayLike | None = None,
     num_examples: int | None = None,
     key: jax.Array | None = None,
-    step: ArrayLike = 0,
-    progress: ArrayLike = 0.0,
-    epoch: ArrayLike = 0,
+    step: ArrayLike | None = None,
+    progress: ArrayLike | None = None,
+    epoch: ArrayLike | None = None,
 ) -> ActivationView:
     """How far one method, or several that act together, move the activations at `site`. Jits.
 
@@ -71,7 +72,7 @@ def activation_variation(
     >>> print(view.norm, view.relative.round(2), (view.gain < 0).sum(), (view.loss_change > 0).sum())
     [3. 3. 3.] [0.1 0.1 0.1] 3 3
     """
-    links, _ = split(methods)
+    links, _ = split_methods(methods)
     labels = jnp.asarray(batch.labels)
     look = Perturbation(
         site, lambda context: (), lambda flow, rest, state, context: (flow, state, {"value": flow.value}), name=_SEEN

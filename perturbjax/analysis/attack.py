@@ -161,7 +161,7 @@ def universal_accuracy(
 # Attacks by name, for the command line --------------------------------------------------------------------------------
 
 
-class Split(NamedTuple):
+class AttackData(NamedTuple):
     """What an attack is given: training images to learn from, test images to attack."""
 
     train_images: np.ndarray
@@ -184,7 +184,7 @@ class PGD:
         check_ball("pgd", other="", norm=self.norm, bound=self.bound, step_size=self.step_size)
         check_number("pgd", low=1, num_steps=self.num_steps)
 
-    def accuracy(self, logits_of: Logits, data: Split, seed: int = 0) -> float:
+    def accuracy(self, logits_of: Logits, data: AttackData, seed: int = 0) -> float:
         """Of the test images under this attack."""
         return attacked_accuracy(logits_of, data.test_images, data.test_labels, seed=seed, **dataclasses.asdict(self))
 
@@ -204,7 +204,7 @@ class Universal:
         check_ball(self.name, other="", norm=self.norm, bound=self.bound, step_size=self.step_size)
         check_number(self.name, low=1, epochs=self.epochs)
 
-    def accuracy(self, logits_of: Logits, data: Split, seed: int = 0) -> float:
+    def accuracy(self, logits_of: Logits, data: AttackData, seed: int = 0) -> float:
         """Of the test images under this attack."""
         number = data.num_classes if self.by_class else 1
         train, test = (data.train_labels, data.test_labels) if self.by_class else (None, None)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-SIGNALS = ("logpert", "loss", "aum", "gradient_norm")
-"""What one training gives: accumulated ‖v‖₁, loss and gradient norm, and minus the mean margin."""
-
 
 def signals(dynamics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{signal: [N]}, the larger the more suspicious, of what `mean_dynamics` returns."""
+    """{signal: [N]}, the larger the more suspicious, of what `mean_dynamics` returns.
+
+    Accumulated ‖v‖₁ of LogPert, loss and gradient norm, and minus the mean margin (aum).
+    """
     return {
         "logpert": dynamics["logpert"],
         "loss": dynamics["loss"],

@@ -28,8 +28,9 @@ from jax.typing import ArrayLike
 from matplotlib.ticker import MaxNLocator
 
 from perturbjax.analysis.plots import LOOK, _label, _svg, class_bins, shorten, style
+from perturbjax.chains import split_methods
 from perturbjax.classes import wide
-from perturbjax.core import Batch, chain, objective
+from perturbjax.core import Batch, objective
 from perturbjax.data import epoch_order
 from perturbjax.gradient.graddrop import GradDropState
 from perturbjax.gradient.groups import added, group_members, weighted_gradients
@@ -59,9 +60,9 @@ def gradient_perturbation(
     class_counts: ArrayLike | None = None,
     num_examples: int | None = None,
     key: jax.Array | None = None,
-    step: ArrayLike = 0,
-    progress: ArrayLike = 0.0,
-    epoch: ArrayLike = 0,
+    step: ArrayLike | None = None,
+    progress: ArrayLike | None = None,
+    epoch: ArrayLike | None = None,
 ) -> GradientView:
     """δ_c = g̃_c − g_c of one method, or of several that act together, for every class of a batch. Jits.
 
@@ -79,7 +80,7 @@ def gradient_perturbation(
     >>> print(view.norm.round(2), view.relative.round(2), view.gain.round(2))
     [0.82 0.82 0.82] [0.51 0.51 0.51] [-0.51 -0.51 -0.51]
     """
-    links, transforms = split(methods)
+    links, transforms = split_methods(methods)
     settings = dict(num_classes=num_classes, class_counts=class_counts, num_examples=num_examples)
     key = jax.random.key(0) if key is None else key
     place = dict(key=key, step=step, progress=progress, epoch=epoch, stats=stats)
@@ -141,13 +142,6 @@ def _through(link, parts: Any, whole: Any, grad_fn, params: Any, members: jax.Ar
         means = jax.tree.map(lambda g: g * size / jnp.maximum(_column(count, g), 1), parts)
         after = jax.tree.map(lambda g: g * _column(count, g) / size, jax.vmap(answer)(means))
     return after, answer(whole)
-
-
-def split(methods: Any) -> tuple[tuple, tuple]:
-    """(perturbations, optax links) of one method or of several."""
-    is_link = lambda one: hasattr(one, "update") and hasattr(one, "init")
-    each = [methods] if is_link(methods) or hasattr(methods, "site") else list(methods)
-    return chain(*(one for one in each if not is_link(one))), tuple(filter(is_link, each))
 
 
 def _column(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -214,7 +208,7 @@ def over_batches(
     look: returns an object with `present`, `norm`, `relative` and `gain` [C], such as a GradientView; it is given the places that
     `gradient_perturbation` is. The rest: see `gradient_variations`.
     """
-    links, _ = split(methods)
+    links, _ = split_methods(methods)
     labels = np.asarray(labels, np.int32)
     counts = np.bincount(labels, minlength=num_classes)
     settings = dict(num_classes=num_classes, class_counts=counts, num_examples=len(labels))
@@ -225,7 +219,7 @@ def over_batches(
 
     @jax.jit
     def settle(states, data, key, step):
-        return made(params, states, data, key=key, stats=stats, step=step)[1].states
+        return made(params, states, data, key=key, stats=stats, step=step, progress=0.0, epoch=0)[1].states
 
     @jax.jit
     def view(states, data, key, step):

@@ -259,7 +259,7 @@ def as_tokens(what: str, tokens: np.ndarray, *, size: int) -> np.ndarray:
             f"check needs a word in every row of {what}, got none in row {np.argmax(empty)} ({empty.sum()} such rows). "
             "Drop these samples; tokenizer.rows writes an unknown word for an empty text."
         )
-    return tokens.astype(np.int32)
+    return tokens.astype(np.int32, copy=False)
 
 
 def same_images(what: str, images: np.ndarray, train_images: np.ndarray) -> None:
@@ -297,7 +297,7 @@ def as_labels(what: str, labels: np.ndarray, length: int, num_classes: int) -> n
             f"check needs {what} in 0..{num_classes - 1}, got {labels[n]} at position {n} ({wrong.sum()} such labels). "
             "Drop these samples, name every class, or renumber: np.unique(labels, return_inverse=True)[1]."
         )
-    return labels.astype(np.int32)
+    return labels.astype(np.int32, copy=False)  # the same array for all seeds: it lies on the device once
 
 
 def name_classes(names, *labels: np.ndarray) -> tuple[str, ...]:

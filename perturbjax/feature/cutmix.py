@@ -39,7 +39,7 @@ def cutmix_boxes(
 
 
 @method(
-    target=("feature", "label"), direction=(), inference="prior", granularity="sample",
+    target=("feature", "label"), direction=(+1, -1), inference="prior", granularity="sample",
     cite="Yun et al., ICCV 2019", off=dict(probability=0.0),
 )  # fmt: skip
 def cutmix(

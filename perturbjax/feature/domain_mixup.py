@@ -39,7 +39,7 @@ def ring_partners(key: jax.Array, domains: jax.Array, *, num_domains: int) -> ja
 
 
 @method(
-    target=("feature", "label"), direction=(), inference="prior", granularity="sample",
+    target=("feature", "label"), direction=(+1, -1), inference="prior", granularity="sample",
     cite="Wang et al., ICASSP 2020", off=None,
 )  # fmt: skip
 def domain_mixup(*, alpha: ArrayLike = 0.2, site: str = "input") -> Perturbation:

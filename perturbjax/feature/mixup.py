@@ -45,7 +45,7 @@ def mix_side(side: Mapping[str, jax.Array], weight: ArrayLike, partner: jax.Arra
 
 
 @method(
-    target=("feature", "label"), direction=(), inference="prior", granularity="sample",
+    target=("feature", "label"), direction=(+1, -1), inference="prior", granularity="sample",
     cite="Zhang et al., ICLR 2018", off=None,
 )  # fmt: skip
 def mixup(*, alpha: ArrayLike = 1.0, site: str = "input") -> Perturbation:

@@ -16,9 +16,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_labels, check_number
 from perturbjax.classes import AxisName, wide
-from perturbjax.core import Context, Flow, Rest
+from perturbjax.core import Context, Flow, Rest, Where
 from perturbjax.gradient.lpg import lpg
-from perturbjax.parameter.timing import Course
 
 
 def lpg_updates(
@@ -79,12 +78,6 @@ def lpg_updates(
         h = _checked(updates, labels, num_classes)
         if "features" in link.needs:
             _check_given("features", features, 'features=features, [B, d], or build it with jacobian="full"')
-        if callable(settings.get("bound")):
-            _check_given("step", step, "step=the number of updates so far, which the bound is a schedule of")
-        if isinstance(settings.get("bound"), Course):
-            _check_given("progress", progress, "progress=step / total_steps, which the bound follows")
-        if jax.tree.leaves(state):
-            _check_given("epoch", epoch, "epoch=the number of this epoch (0 throughout, if the split goes by steps)")
         grads = lambda v: _parameters(pullback(v.astype(h.dtype)), params)
         if targets is None:
             targets = jax.nn.one_hot(labels, num_classes, dtype=wide(h).dtype)
@@ -95,8 +88,7 @@ def lpg_updates(
             penalty=None, stats=None,
         )  # fmt: skip
         now = context._replace(
-            step=0 if step is None else step, progress=0.0 if progress is None else progress,
-            epoch=0 if epoch is None else epoch, pullback=lambda: grads,
+            name="lpg_updates", where=Where(step, progress, epoch), pullback=lambda: grads,
             head=lambda: (None, jnp.zeros([num_classes]) if bias else None),
         )  # fmt: skip
         flow, state, _ = link.apply(flow, _NO_REST, state, now)

@@ -1,7 +1,7 @@
 r"""D2L: watches the dimensionality of the features; once it grows, the net begins to learn wrong labels, and its own take over.
 
     LID(a_i) = −(1/k Σ_{j ≤ k} log(r_j/r_k))⁻¹          r_j the distance of a_i to its j-th neighbour in the batch, LID_e its mean over epoch e
-    turning point: after `warm_up` + `window` epochs, LID_e > mean + 2 std of the `window` epochs before
+    turning point: after `warm_up_epochs` + `window` epochs, LID_e > mean + 2 std of the `window` epochs before
     from then on:  α_e y + (1 − α_e) onehot(argmax p),   α_e = exp(−(e/E) · LID_e/min_{e' ≤ e} LID_e')
 
 The mean is over all training batches of the epoch, whose features are at hand; the authors run ten more batches of 128 after it. At the
@@ -57,11 +57,11 @@ class D2LState(NamedTuple):
     alpha: jax.Array  # [], the label's share
 
 
-def turning(state: D2LState, lid: jax.Array, progress: ArrayLike, *, warm_up: int, tolerance: ArrayLike) -> D2LState:
+def turning(state: D2LState, lid: jax.Array, progress: ArrayLike, *, warm_up_epochs: int, tolerance: ArrayLike) -> D2LState:
     """The state after an epoch whose mean LID is `lid`; total, count and epoch are left."""
     mean, std = jnp.mean(state.recent), jnp.std(state.recent)
     grown = lid > mean + jnp.asarray(tolerance, jnp.float32) * std
-    turned = state.turned | (grown & (state.finished >= warm_up + state.recent.shape[0]))
+    turned = state.turned | (grown & (state.finished >= warm_up_epochs + state.recent.shape[0]))
     lowest = jnp.where(state.finished == 0, lid, jnp.minimum(state.lowest, lid))
     alpha = jnp.exp(-jnp.asarray(progress, jnp.float32) * lid / jnp.maximum(lowest, 1e-6))
     return state._replace(
@@ -75,20 +75,20 @@ def turning(state: D2LState, lid: jax.Array, progress: ArrayLike, *, warm_up: in
     cite="Ma et al., ICML 2018", off=None,
 )  # fmt: skip
 def d2l(
-    *, num_neighbours: int = 20, warm_up: int = 5, window: int = 5, tolerance: ArrayLike = 2.0, site: str = "features"
+    *, num_neighbours: int = 20, warm_up_epochs: int = 5, window: int = 5, tolerance: ArrayLike = 2.0, site: str = "features"
 ) -> Perturbation:
     """D2L: replaces labels by the net's own predictions once the local dimension of its features begins to grow.
 
     Args:
       num_neighbours: k of the estimate (a batch has at least k + 1 samples, or all its others count).
-      warm_up, window: epochs before the turning point may come: warm_up + window; `window` of them are looked back at.
+      warm_up_epochs, window: the turning point may come once both are over; `window` epochs are looked back at.
       tolerance: standard deviations above their mean that are a turning point; inf: never, which is plain training.
       site: whose values are looked at.
 
     Metrics: lid, the batch's mean; label_share, α.
     """
     check_number("d2l", low=1, num_neighbours=num_neighbours, window=window)
-    check_number("d2l", low=0, warm_up=warm_up)
+    check_number("d2l", low=0, warm_up_epochs=warm_up_epochs)
     check_number("d2l", low=0, infinite=True, tolerance=tolerance)
 
     def init(context: Context) -> D2LState:
@@ -103,7 +103,8 @@ def d2l(
         epoch = jnp.asarray(context.epoch, jnp.int32)
         new = epoch != state.epoch
         # At the first step of epoch e, progress is e/E.
-        over = turning(state, state.total / jnp.maximum(state.count, 1), context.progress, warm_up=warm_up, tolerance=tolerance)
+        mean = state.total / jnp.maximum(state.count, 1)
+        over = turning(state, mean, context.progress, warm_up_epochs=warm_up_epochs, tolerance=tolerance)
         state = jax.tree.map(lambda a, b: jnp.where(new & (state.count > 0), a, b), over, state)
         kept = lambda x: jnp.where(new, 0, x)
         state = state._replace(total=kept(state.total) + lid, count=kept(state.count) + 1, epoch=epoch)

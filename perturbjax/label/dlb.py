@@ -15,20 +15,10 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.loss.kd import distillation_losses
 from perturbjax.table import gather, own_share
 
 _LAST = "dlb"  # in flow.extra: (logits of the last batch now [B, C], its targets [B, C], its weights [B], whether there is one)
-
-
-def distillation(logits: jax.Array, teacher_logits: jax.Array, *, temperature: ArrayLike = 3.0) -> jax.Array:
-    """T² · KL(softmax(teacher/T) ‖ softmax(u/T)): [B]; the teacher is a constant.
-
-    >>> print(distillation(jnp.zeros([1, 2]), jnp.array([[0.0, 2.0]]), temperature=1.0).round(3))
-    [0.328]
-    """
-    t = jnp.asarray(temperature, logits.dtype)
-    teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits).astype(logits.dtype) / t)
-    return t**2 * jnp.sum(jnp.exp(teacher) * (teacher - jax.nn.log_softmax(logits / t)), axis=-1)
 
 
 class Last(NamedTuple):
@@ -88,7 +78,8 @@ def dlb(*, weight: ArrayLike = 1.0, temperature: ArrayLike = 3.0) -> tuple[Pertu
             return flow, state, {}
         now, targets, weights, there = flow.extra[_LAST]
         then = own_share(state, context.axis_name).astype(now.dtype)
-        taught = distillation(now, then, temperature=temperature)
+        t = jnp.asarray(temperature, now.dtype)
+        taught = t**2 * distillation_losses(now, then, temperature=t)
         cross_entropy = -jnp.sum(targets.astype(now.dtype) * jax.nn.log_softmax(now), axis=-1)
         paid = weights.astype(now.dtype) * (cross_entropy / 2 + jnp.asarray(weight, now.dtype) * taught)
         state = gather(jax.lax.stop_gradient(flow.value), context.axis_name).astype(state.dtype)

@@ -67,7 +67,7 @@ def forward_correction(
     transition: Literal["symmetric", "pair", "estimated", "learned"] = "estimated",
     rate: ArrayLike = 0.2,
     matrix: ArrayLike | None = None,
-    warm_up: ArrayLike = 0.3,
+    start: ArrayLike = 0.3,
     step_size: ArrayLike = 0.1,
 ) -> Perturbation:
     """Forward correction: predictions pass through a matrix of label noise, given, estimated or learned, before the loss.
@@ -76,13 +76,13 @@ def forward_correction(
       transition: "symmetric" or "pair" noise of a known rate, "estimated" after a warm-up, or "learned" with the net.
       rate: of symmetric and pair noise, and where "learned" starts from (symmetric).
       matrix: T [C, C] itself, rows that sum to 1; then `transition` is not looked at.
-      warm_up: "estimated": share of training that is plain; T comes from its last whole epoch (before one is over, the identity).
+      start: "estimated": share of training that is plain; T comes from its last whole epoch (before one is over, the identity).
       step_size: "learned": the learning rate of θ, by plain SGD on the mean loss.
 
     Metrics: kept, the mean of T's diagonal.
     """
     check_choice("forward_correction", "transition", transition, KINDS)
-    check_number("forward_correction", low=0, high=1, rate=rate, warm_up=warm_up)
+    check_number("forward_correction", low=0, high=1, rate=rate, start=start)
     check_number("forward_correction", low=0, step_size=step_size)
     kind = "given" if matrix is not None else transition
     if kind == "learned":
@@ -105,7 +105,7 @@ def forward_correction(
         log_p = flow.value
         through = lambda t: forward_corrected(log_p, t.astype(log_p.dtype))
         if kind == "estimated":
-            plain = jnp.asarray(context.progress) < warm_up
+            plain = jnp.asarray(context.progress) < start
             state = _estimate(state, jax.lax.stop_gradient(log_p), plain, context)
             t, value = state.transition, jnp.where(plain, log_p, through(state.transition))
         elif kind == "learned":

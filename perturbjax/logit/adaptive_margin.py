@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import AxisName, class_sum
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale, of_labels
 
 
@@ -67,6 +67,7 @@ def adaptive_margin(
         return jnp.full([context.num_classes], margin, jnp.float32)
 
     def apply(flow: Flow, rest: Rest, state: jax.Array, context: Context):
+        flow = keep_clean(flow, flow.value)  # what follows knows the label
         s = head_scale(scale, context)
         amounts = jnp.asarray(s, flow.value.dtype) * of_labels(state, flow.labels).astype(flow.value.dtype)
         value = flow.value + at_true_class(-amounts, flow.labels, context.num_classes)

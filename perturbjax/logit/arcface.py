@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, check_samples
 from perturbjax.classes import wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale
 
 
@@ -65,6 +65,7 @@ def arcface(*, margin: ArrayLike = 0.5, scale: ArrayLike | Literal["norm"] | Non
         check_number("arcface", low=0, open_low=True, scale=scale)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
+        flow = keep_clean(flow, flow.value)  # what follows knows the label
         if isinstance(scale, str):
             assert context.head is not None  # it is among the needs
             rows, features = context.head()[0].astype(flow.value.dtype), flow.trace["features"].astype(flow.value.dtype)

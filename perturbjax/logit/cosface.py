@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_classes, check_labels, check_number
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
 from perturbjax.logit.cosine import DEFAULT_SCALE, at_true_class, head_needs, head_scale
 
 
@@ -47,6 +47,7 @@ def cosface(*, margin: ArrayLike = 0.35, scale: ArrayLike | None = None) -> Pert
     check_number("cosface", low=0, open_low=True, scale=scale)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
+        flow = keep_clean(flow, flow.value)  # what follows knows the label
         amount = _amount(margin, head_scale(scale, context))
         shift = at_true_class(amount, flow.labels, context.num_classes)
         return flow._replace(value=flow.value + shift.astype(flow.value.dtype)), state, {}

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import RunningCovariance, running_covariance_init, running_covariance_update, wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
 
 
 def isda_delta(weights: jax.Array, covariance: jax.Array, *, strength: ArrayLike = 0.5) -> jax.Array:
@@ -85,13 +85,18 @@ def isda(
     def advance(state: ISDAState, flow: Flow, context: Context) -> ISDAState:
         before = RunningCovariance(state.count * jnp.asarray(decay, jnp.float32), state.mean, state.covariance)
         now = running_covariance_update(before, flow.trace["features"], flow.labels, axis_name=context.axis_name)
+        if ramp != "epoch":
+            return ISDAState(*now, state.epoch, state.began)
         epoch = jnp.asarray(context.epoch, jnp.int32)
         began = jnp.where(epoch != state.epoch, jnp.asarray(context.progress, jnp.float32), state.began)
         return ISDAState(*now, epoch, began)
 
     def apply(flow: Flow, rest: Rest, state: ISDAState, context: Context):
+        flow = keep_clean(flow, flow.value)  # what follows knows the label
         after = advance(state, flow, context)
-        ramped = {"step": jnp.asarray(context.progress, jnp.float32), "epoch": after.began, "none": jnp.float32(1)}[ramp]
+        ramped = jnp.asarray(
+            {"step": lambda: context.progress, "epoch": lambda: after.began, "none": lambda: 1}[ramp](), jnp.float32
+        )
         covariance = after.covariance if update == "before" else state.covariance
         weights, _ = context.head()
         shift = isda_delta(weights, covariance, strength=jnp.asarray(strength, jnp.float32) * ramped)

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
 
 
 def angle_margin(cosine: jax.Array, *, margin: int = 4) -> jax.Array:
@@ -78,6 +78,7 @@ def large_margin(*, margin: int = 4, first: ArrayLike = 1000.0, last: ArrayLike 
         return ()
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
+        flow = keep_clean(flow, flow.value)  # what follows knows the label
         if margin == 1:
             return flow, state, {}
         weight = anneal(context)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale, of_labels
 
 
@@ -102,6 +102,7 @@ def ldam(
         return after * (members / jnp.where(sums > 0, sums, 1))
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
+        flow = keep_clean(flow, flow.value)  # what follows knows the label
         margins = ldam_margins(context.class_counts, margin=margin).astype(flow.value.dtype)
         s = jnp.asarray(head_scale(scale, context), margins.dtype)
         shift = at_true_class(-s * of_labels(margins, flow.labels), flow.labels, context.num_classes)

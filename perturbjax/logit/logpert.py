@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, check_samples
 from perturbjax.classes import at_least_float32, wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
 from perturbjax.inference.proximal import CROSS_ENTROPY_STEP, REGULARISERS, Regulariser, proximal_search, proximal_step
 from perturbjax.table import add, gather, new_table, read, write
 
@@ -146,6 +146,7 @@ def logpert(
         )
 
     def apply(flow: Flow, rest: Rest, state: LogPertState, context: Context):
+        flow = keep_clean(flow, flow.value)  # what follows knows the label
         if inference == "exact":
             own = jax.nn.one_hot(flow.labels, context.num_classes, dtype=flow.value.dtype)
             delta = _exact(flow.value, flow.targets, own, weight, norm)

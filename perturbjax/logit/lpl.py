@@ -207,12 +207,14 @@ def lpl(
 
     Args:
       bound: ε_c: a number, [C], `varied()`, `varied_by_frequency()`, a schedule of the step, or over the run `linear()`, `cosine()`.
-        The paper searches 0.1…0.5 with step_size 0.01…0.03 on balanced data, and 1.5…5 with 0.1…0.3 on long-tailed data.
+        On balanced data the paper searches ε in {0.1, 0.2, 0.3, 0.4}, or Δε in {0.1, 0.2}, with step_size 0.01…0.03, and calls bounds of
+        0.1…0.5 stable; on long-tailed data Δε in {1.5, 2.5, 5} with ε = 0 (`varied_by_frequency`) and step_size 0.1…0.3.
       step_size: α, a number or [C].
       split: which classes are raised: "accuracy" (q̄_c ≤ τ, running mean over steps), "frequency" (rank > τ·C), or a Split, such as
         by_accuracy(update="epoch"). q̄_c comes from the logits as they reach this link: adjusted ones in
-        chain(logit_adjustment(), lpl()), plain ones in chain(lpl(), logit_adjustment()). After an LPA it comes from that one's clean
-        pass, adjusted in either order; after methods that search at the input (adversarial training) from the perturbed samples.
+        chain(logit_adjustment(), lpl()), plain ones in chain(lpl(), logit_adjustment()). After an LPA, or a method that puts the label
+        into the logits (LogPert, MixPert, LDAM, ISDA …), it comes from the pass without that one; after methods that search at the
+        input (adversarial training) from the perturbed samples.
       tau: threshold of a split given by name.
       direction: overrides the split: +1, −1 or [C].
       project: also keep each class's delta in the l2 ball of radius ε_c.
@@ -261,7 +263,7 @@ def lpl(
             delta = jnp.where(broken[:, None], jnp.nan, delta)
         metrics = {"raised": jnp.sum(signs > 0), "lowered": jnp.sum(signs < 0), "inner_evaluations": jnp.int32(max_steps)}
         end = rest.flow(jax.lax.stop_gradient(flow.value))[1]  # for statistics of later links; unused, the compiler drops it
-        flow = keep_clean(flow, end.trace["logits"])
+        flow = keep_clean(flow, clean_logits(end, end.trace["logits"]))
         return flow._replace(value=flow.value + delta), state, metrics
 
     needed = tuple(dict.fromkeys(needs(bound, split) + steps_need(num_steps)))

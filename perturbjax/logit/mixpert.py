@@ -12,7 +12,8 @@ round; eq. 57 rules. Source: taxonomy paper, sections 5.2 and 6.5.
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, check_samples, is_traced
 from perturbjax.classes import AxisName, at_least_float32, wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, method, per_sample_keys
+from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method, per_sample_keys
 from perturbjax.feature.adversarial import check_ball, check_inputs, pixel_range
 from perturbjax.inference.pgd import pgd
 from perturbjax.projection import per_group
@@ -75,6 +76,61 @@ def hard_samples(
     everywhere = gather(losses, axis_name)
     hard = by_loss_top(everywhere, share=pro / 100) < 0
     return own_share(hard, axis_name), jnp.where(hard, everywhere, everywhere.max()).min()
+
+
+class _Amounts(NamedTuple):
+    """What the clean pass says of each sample [B]."""
+
+    losses: jax.Array
+    easy: jax.Array  # bool, whether its input is perturbed
+    factor: jax.Array  # of its ball and steps (eq. 66)
+
+
+def _easy_deltas(
+    flow: Flow,
+    rest: Rest,
+    context: Context,
+    amounts: Callable[[Flow], _Amounts],
+    *,
+    eps2: ArrayLike,
+    step_size: ArrayLike,
+    num_steps: int,
+    random_starts: bool,
+    size: int,
+    value_range: tuple[float, float] | None,
+    units: tuple[float, ...] | None,
+) -> tuple[jax.Array, Flow, jax.Array | None]:
+    """(δ [B, ...] by PGD, zero for hard samples; the end of the clean pass; the `size` samples with the smallest losses, which alone the
+    steps after the clean pass run on, as positions in the batch, None for all)."""
+    x, count = flow.value, flow.labels.shape[0]
+    unit = None if units is None else jnp.asarray(units, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    to_input = (lambda z: z) if unit is None else (lambda z: z * unit)
+    z = x if unit is None else x / unit
+    dtype = at_least_float32(x.dtype)
+    scaled = lambda a, factor: jnp.asarray(a, dtype) * factor.astype(dtype)
+    on = lambda found: found.easy.astype(dtype)
+    search = dict(step="sign", norm="linf", value_range=pixel_range(value_range, context))
+    if random_starts:
+        end = jax.lax.stop_gradient(rest.flow(jax.lax.stop_gradient(x))[1])
+        draw = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], dtype, -1.0, 1.0))
+        start, found = draw(per_sample_keys(context.key, flow.index)), amounts(end)
+        delta = per_group(on(found) * scaled(eps2, found.factor), start) * start
+    else:  # the first step's pass is the clean one
+        delta, first = pgd(
+            lambda z: rest.flow(to_input(z)), z, None, count, has_aux=True, num_steps=1,
+            direction=lambda losses, end: on(amounts(end)), step_size=lambda losses, end: scaled(step_size, amounts(end).factor),
+            bound=lambda losses, end: scaled(eps2, amounts(end).factor), **search,
+        )  # fmt: skip
+        end, found = first.aux, amounts(first.aux)
+    rows = None if size == count else jnp.argsort(-found.losses, stable=True)[count - size :]
+    some, part = (lambda a: a, rest) if rows is None else (lambda a: a[rows], rest.take(rows))
+    if left := num_steps - (not random_starts):
+        moved, _ = pgd(
+            lambda z: part(to_input(z)), some(z), None, size, start=some(delta), num_steps=left, direction=some(on(found)),
+            step_size=scaled(step_size, some(found.factor)), bound=scaled(eps2, some(found.factor)), **search,
+        )  # fmt: skip
+        delta = moved if rows is None else jnp.zeros_like(delta).at[rows].set(moved)
+    return to_input(delta), end, rows
 
 
 def _resolve(settings: dict) -> dict:
@@ -178,49 +234,23 @@ def mixpert(
                 f"mixpert needs floating values at the site {site!r} for eps2 > 0, got {x.dtype}. "
                 "Cut the model at a site that has them (pj.line) and name it, or write eps2=0."
             )
-        unit = None if units is None else jnp.asarray(units, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        to_input = (lambda z: z) if unit is None else (lambda z: z * unit)
-        z = x if unit is None else x / unit
-        search = dict(step="sign", norm="linf", value_range=pixel_range(span, context))
-        dtype = at_least_float32(x.dtype)
-        scaled = lambda a, factor: jnp.asarray(a, dtype) * factor
 
-        def amounts(end: Flow):
-            """Per sample [B]: whether it is perturbed here, and the factor of its ball (eq. 66)."""
-            _, hard, ratio, _ = select(end.trace["logits"], flow, context)
-            return 1 - hard.astype(dtype), (jnp.maximum(2 - ratio, 0) if adaptive else ratio).astype(dtype)
-
-        if random_starts:
-            end = jax.lax.stop_gradient(rest.flow(jax.lax.stop_gradient(x))[1])
-            on, factor = amounts(end)
-            draw = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], dtype, -1.0, 1.0))
-            start = draw(per_sample_keys(context.key, flow.index))
-            delta = per_group(on * scaled(eps2, factor), start) * start
-        else:
-            delta, found = pgd(
-                lambda z: rest.flow(to_input(z)), z, None, count, has_aux=True, num_steps=1,
-                direction=lambda losses, end: amounts(end)[0], step_size=lambda losses, end: scaled(rate, amounts(end)[1]),
-                bound=lambda losses, end: scaled(eps2, amounts(end)[1]), **search,
-            )  # fmt: skip
-            end = found.aux
-            on, factor = amounts(end)
-        losses, hard, ratio, metrics = select(end.trace["logits"], flow, context)
+        def amounts(end: Flow) -> _Amounts:
+            losses, hard, ratio, _ = select(end.trace["logits"], flow, context)
+            return _Amounts(losses, ~hard, jnp.maximum(2 - ratio, 0) if adaptive else ratio)
 
         # The easy samples only, as far as their number is known: `most` percent of the batch, by their losses.
         size = count if context.axis_name is not None else min(count, max(1, -(-most * count // 100)))
-        rows = None if size == count else jnp.argsort(-losses, stable=True)[count - size :]
-        some = (lambda a: a) if rows is None else (lambda a: a[rows])
-        part = rest if rows is None else rest.take(rows)
-        left = num_steps - (not random_starts)
-        if left:
-            moved, _ = pgd(
-                lambda z: part(to_input(z)), some(z), None, size, start=some(delta), num_steps=left, direction=some(on),
-                step_size=scaled(rate, some(factor)), bound=scaled(eps2, some(factor)), **search,
-            )  # fmt: skip
-            delta = moved if rows is None else jnp.zeros_like(delta).at[rows].set(moved)
-        metrics["inner_evaluations"] = jnp.asarray((count * (not random_starts) + size * left) / count, jnp.float32)
+        delta, end, rows = _easy_deltas(
+            flow, rest, context, amounts, eps2=eps2, step_size=rate, num_steps=num_steps, random_starts=random_starts, size=size,
+            value_range=span, units=units,
+        )  # fmt: skip
+        _, hard, ratio, metrics = select(end.trace["logits"], flow, context)
+        first = not random_starts  # the first step has all samples
+        metrics["inner_evaluations"] = jnp.asarray((count * first + size * (num_steps - first)) / count, jnp.float32)
         flow = flow._replace(extra={**flow.extra, _LIFT: lift(hard, ratio)})
         if passes == 2:
+            some, part = (lambda a: a, rest) if rows is None else (lambda a: a[rows], rest.take(rows))
             clean, after = part.flow(some(x))
             share = jnp.where(hard, 0, jnp.asarray(clean_weight, flow.weights.dtype))
             paid = (some(share) * after.weights).astype(flow.penalty.dtype) * clean.astype(flow.penalty.dtype)
@@ -229,9 +259,10 @@ def mixpert(
                 weights=flow.weights * (1 - share),
             )
             metrics["inner_evaluations"] += 1.5 * size / count  # this pass trains the network: three units, not two
-        return flow._replace(value=x + to_input(delta)), state, metrics
+        return flow._replace(value=x + delta), state, metrics
 
     def at_logits(flow: Flow, rest: Rest, state: tuple, context: Context):
+        flow = keep_clean(flow, flow.value)  # what follows knows the label
         metrics: dict[str, Any] = {}
         if passes:
             amount = flow.extra.get(_LIFT)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, check_samples
 from perturbjax.classes import AxisName, wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
 
 
 def self_paced_logit_delta(
@@ -63,6 +63,7 @@ def self_paced_logit(*, tau: ArrayLike = 1.5, growth: ArrayLike = 1.0, scale: Ar
     check_number("self_paced_logit", low=2, open_low=True, scale=scale)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
+        flow = keep_clean(flow, flow.value)  # what follows knows the label
         pace = 1 + jnp.asarray(growth, jnp.float32) * jnp.asarray(context.progress, jnp.float32)
         threshold = jnp.asarray(tau, jnp.float32) * jnp.log(float(context.num_classes)) * pace
         delta = _lift(flow.value, flow.labels, threshold, scale, context.axis_name)

@@ -55,7 +55,6 @@ def balanced_fine_tuning(
         if form == "samples":
             return flow, state, {}
         factor = class_weights(context.class_counts)[flow.labels].astype(flow.weights.dtype)
-        now = jnp.asarray(context.progress) >= start
-        return flow._replace(weights=flow.weights * jnp.where(now, factor, 1)), state, {}
+        return flow._replace(weights=flow.weights * jnp.where(context.begun(start), factor, 1)), state, {}
 
     return Perturbation("loss", init, apply, needs=("class_counts",))

@@ -82,7 +82,7 @@ def class_weighting(
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         factor = factors(context)[flow.labels].astype(flow.weights.dtype)
-        factor = jnp.where(jnp.asarray(context.progress) >= start, factor, 1)
+        factor = jnp.where(context.begun(start), factor, 1)
         return flow._replace(weights=flow.weights * factor), state, {}
 
     return Perturbation("loss", init, apply, needs=("class_counts",) if weights is None else ())

@@ -45,18 +45,18 @@ def dac_losses(losses: jax.Array, log_real: jax.Array, alpha: ArrayLike) -> jax.
     target="loss", direction=(+1, -1), inference="prior", granularity="sample",
     cite="Thulasidasan et al., ICML 2019", off=None,
 )  # fmt: skip
-def dac(*, warmup: ArrayLike = 0.1, weight: ArrayLike = 1.0, factor: ArrayLike = 64.0, decay: ArrayLike = 0.95) -> Perturbation:
+def dac(*, start: ArrayLike = 0.1, weight: ArrayLike = 1.0, factor: ArrayLike = 64.0, decay: ArrayLike = 0.95) -> Perturbation:
     """Deep abstaining classifier: an extra output takes the samples that can't be learnt, such as wrongly labelled ones.
 
     Needs a model with the site "outputs", [B, C + 1], before its logits.
 
     Args:
-      warmup: share of training without abstention, for learning what an ordinary loss is.
+      start: share of training after which it may abstain; before, it learns what an ordinary loss is.
       weight: α at the end. factor: α starts at α̃ divided by this. decay: of the running mean α̃.
 
     Metrics: abstained, the share of samples whose largest output is the extra one; alpha (0 at first).
     """
-    check_number("dac", low=0, high=1 - 1e-6, warmup=warmup)
+    check_number("dac", low=0, high=1 - 1e-6, start=start)
     check_number("dac", low=0, weight=weight)
     check_number("dac", low=0, open_low=True, factor=factor)
     check_number("dac", low=0, high=1, decay=decay)
@@ -72,7 +72,7 @@ def dac(*, warmup: ArrayLike = 0.1, weight: ArrayLike = 1.0, factor: ArrayLike =
     def apply(flow: Flow, rest: Rest, state: DACState, context: Context):
         logits, abstention = flow.trace["logits"], wide(flow.trace["outputs"])[:, -1]
         real = log_real(logits, abstention.astype(logits.dtype))
-        progress, begin = jnp.asarray(context.progress, jnp.float32), jnp.asarray(warmup, jnp.float32)
+        progress, begin = jnp.asarray(context.progress, jnp.float32), jnp.asarray(start, jnp.float32)
         first = progress < begin
 
         now = jax.lax.stop_gradient(jnp.mean(jnp.exp(real) * flow.value)).astype(jnp.float32)

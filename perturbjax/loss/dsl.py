@@ -150,7 +150,7 @@ def dsl(
         features, log_p = jax.lax.stop_gradient(flow.trace["features"]), flow.trace["prediction"]
         suggested = prototype_labels(features, prototypes, chosen)
         other = -jnp.take_along_axis(log_p, suggested[:, None], axis=1)[:, 0]
-        active = (jnp.asarray(context.progress) >= start) & chosen.any()
+        active = context.begun(start) & chosen.any()
         alpha = jnp.where(active, jnp.asarray(weight, log_p.dtype), 0)
         losses = (1 - alpha) * flow.value + alpha * other
         corrected = jnp.where(chosen.any(), jnp.mean((suggested != flow.labels.astype(jnp.int32)).astype(jnp.float32)), 0)

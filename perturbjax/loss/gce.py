@@ -9,9 +9,10 @@ for Training Deep Neural Networks with Noisy Labels", NeurIPS 2018.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_number
+from perturbjax.checks import check_number, is_traced
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 
 
@@ -51,7 +52,8 @@ def gce(*, q: ArrayLike = 0.7, truncate: ArrayLike = 0.0, start: ArrayLike = 1 /
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         log_p = flow.trace["prediction"]
-        k = jnp.where(jnp.asarray(context.progress) >= start, truncate, 0).astype(log_p.dtype)
+        truncates = is_traced(truncate) or np.any(np.asarray(truncate) > 0)
+        k = jnp.asarray(jnp.where(context.begun(start), truncate, 0) if truncates else 0, log_p.dtype)
         losses = jnp.sum(flow.targets * gce_terms(log_p, q=q, truncate=k), axis=-1)
         own = jnp.take_along_axis(log_p, flow.labels[:, None], axis=1, mode="clip")[:, 0]
         kept = jnp.mean((own > jnp.log(k)).astype(jnp.float32))

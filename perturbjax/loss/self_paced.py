@@ -75,7 +75,9 @@ def self_paced(
 
     def threshold(losses: jax.Array, context: Context) -> jax.Array:
         if tau is not None:
-            return not_negative(at(tau, Place(context.step, context.progress, value=None, rate=None))).astype(losses.dtype)
+            step, progress = context.step if callable(tau) else None, context.progress if isinstance(tau, Course) else None
+            place = Place(step, progress, value=None, rate=None)
+            return not_negative(at(tau, place)).astype(losses.dtype)
         first, share = jnp.asarray(start, jnp.float32), jnp.asarray(ramp, jnp.float32)
         done = jnp.minimum(jnp.asarray(context.progress, jnp.float32) / jnp.where(share > 0, share, 1), 1)
         level = jnp.where(share > 0, first + (1 - first) * done, 1)

@@ -16,6 +16,7 @@
 | resnet44 | same | 658 586 |
 | resnet56 | same | 853 018 |
 | resnet110 | same | 1 727 962 |
+| la_net | the "ResNet-32" of the logit adjustment and LPL codes for the long tail: narrow bottlenecks on 36x36 pixels | 300 762 |
 | se_resnet20 | squeeze-and-excitation (Hu et al., CVPR 2018), option B: the form of ISDA's experiments | 274 490 |
 | se_resnet110 | same | 1 742 810 |
 | wrn16-8 | Zagoruyko and Komodakis, BMVC 2016 | 10 961 370 |
@@ -24,7 +25,8 @@
 | resnet50 | He et al., table 1, for ImageNet's sizes; `load_resnet` fills in public weights | 23 528 522 |
 | resnet101 | same | 42 520 650 |
 
-resnet8 to 110, se_resnet* and wrn* take `stochastic_depth=0.5` or `shakedrop=0.5`, the rate of the last block; shake26 takes `shake=False`.
+resnet8 to 110, la_net, se_resnet* and wrn* take `stochastic_depth=0.5` or `shakedrop=0.5`, the rate of the last block; shake26 takes
+`shake=False`. resnet8 to 110 take `shortcut="B"`, 1x1 convolutions where option A has zero channels (resnet32: 466 906 parameters).
 All take `frozen=("stem", "stage1")`, the parts that are not trained; those with BatchNorm `frozen_batchnorm=True`.
 
 Models of texts take tokens [B, L]; perturbations of the input act at their site `embedding`:
@@ -51,7 +53,7 @@ from perturbjax.models.cnn import CNN
 from perturbjax.models.imagenet import ImageNetResNet, load_resnet, resnet_fields
 from perturbjax.models.mlp import MLP
 from perturbjax.models.net import Net
-from perturbjax.models.resnet import ResNet, SEResNet, ShakeResNet, WideResNet
+from perturbjax.models.resnet import LANet, ResNet, SEResNet, ShakeResNet, WideResNet
 from perturbjax.models.safetensors import read_safetensors
 from perturbjax.models.text import TextNet, with_vectors
 
@@ -59,6 +61,7 @@ _MODELS: dict[str, Callable[..., Net]] = {
     "mlp": MLP,
     "cnn": CNN,
     **{f"resnet{depth}": partial(ResNet, depth=depth) for depth in (8, 20, 32, 44, 56, 110)},
+    "la_net": LANet,
     **{f"se_resnet{depth}": partial(SEResNet, depth=depth) for depth in (20, 110)},
     "wrn16-8": partial(WideResNet, depth=16, widen=8),
     "wrn28-10": partial(WideResNet, depth=28, widen=10),

@@ -31,9 +31,12 @@ class Ops(NamedTuple):
     frozen: tuple[str, ...] = ()  # prefixes of modules whose BatchNorm runs on its running statistics, in training too
     frozen_batchnorm: bool = False  # every BatchNorm does
 
-    def conv(self, name: str, x: jax.Array, features: int, stride: int = 1, size: int = 3) -> jax.Array:
+    def conv(
+        self, name: str, x: jax.Array, features: int, stride: int = 1, size: int = 3, padding: int | None = None
+    ) -> jax.Array:
         # The padding is written out: "SAME" would pad (0, 1) at stride 2, half a pixel off the shortcut x[:, ::2, ::2].
-        padding = [(size // 2, size // 2)] * 2
+        edge = size // 2 if padding is None else padding
+        padding = [(edge, edge)] * 2
         options = dict(use_bias=False, dtype=self.dtype, kernel_init=self.initializer, conv_general_dilated=self.convolution)
         return nn.Conv(features, (size, size), (stride, stride), padding, name=name, **options)(x)
 
@@ -95,19 +98,22 @@ Compiled for the CPU, the gradient of resnet20 on 128 images of 32x32 needs 88 M
 
 
 class Unit(nn.Module):
-    """relu(norm(conv(x)))."""
+    """relu(norm(conv(x))). padding: pixels on each side; 1 keeps the size."""
 
     features: int
     stride: int
     ops: Ops
+    padding: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.relu(self.ops.norm("norm", self.ops.conv("conv", x, self.features, self.stride)))
+        y = self.ops.conv("conv", x, self.features, self.stride, padding=self.padding)
+        return nn.relu(self.ops.norm("norm", y))
 
 
 class Stage(nn.Module):
-    """Blocks in a row; the first one has the stride. branches: what happens on each block's branch; None: nothing."""
+    """Blocks in a row; the first one has the stride. branches: what happens on each block's branch; None: nothing. first: the kind of
+    the first block; None: that of the others."""
 
     block: Callable[..., nn.Module]
     num_blocks: int
@@ -115,11 +121,13 @@ class Stage(nn.Module):
     stride: int
     ops: Ops
     branches: tuple[Branch, ...] | None = None
+    first: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.ops.dtype)  # a slice may start from a value of another type
         for i in range(self.num_blocks):
             ops = self.ops if self.branches is None else self.ops._replace(branch=self.branches[i])
-            x = self.block(self.features, self.stride if i == 0 else 1, ops, name=f"block{i}")(x)
+            block = self.first if i == 0 and self.first is not None else self.block
+            x = block(self.features, self.stride if i == 0 else 1, ops, name=f"block{i}")(x)
         return x

@@ -1,18 +1,24 @@
 r"""Residual networks for small images.
 
-    ResNet      y = relu(norm(conv(relu(norm(conv(x))))) + S x)      S: every stride-th pixel, missing channels are zero (option A)
+    ResNet      y = relu(norm(conv(relu(norm(conv(x))))) + S x)      S: every stride-th pixel, missing channels are zero (option A);
+                                                                     or, where the shape changes, norm(1x1 convolution of x) (option B)
     WideResNet  y = conv(drop(relu(norm(conv(h))))) + S x            h = relu(norm(x)); S x = x, or a 1x1 convolution of h
     ShakeResNet y = α F₁(x) + (1 − α) F₂(x) + S x                    F(x) = norm(conv(drop(relu(norm(conv(relu(x)))))))
     SEResNet    y = relu(s ⊙ F(x) + S x)                             F as in ResNet; s = sigmoid(W₂ relu(W₁ F̄)), F̄ its mean over pixels;
-                                                                     S x = x, or norm(1x1 convolution of x) (option B)
+                                                                     S as in option B
+    LANet       y = relu(F(x) + S x)                                 F = norm(conv1x1(relu(norm(conv3x3(relu(norm(conv1x1(x))))))));
+                                                                     S as in option B, and in the first block of every stage
 
 The branches of all but ShakeResNet may be switched off or shaken at random: stochastic depth, ShakeDrop (shake.py).
 Sources: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
 Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016. Gastaldi, "Shake-Shake Regularization", 2017, and its code.
 Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018; in the form of ISDA's experiments (Wang et al., NeurIPS 2019, and their code).
+LANet: the "ResNet-32" of a reimplementation of Menon et al., ICLR 2021 (github.com/Chumsy0725/logit-adj-pytorch), and of LPL's code for
+the long tail.
 """
 
 from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -75,16 +81,41 @@ class OneBranch(Residual, kw_only=True):
 
 
 class ResNet(OneBranch, kw_only=True):
-    """depth = 6n + 2. Stages of width, 2·width and 4·width channels."""
+    """depth = 6n + 2. Stages of width, 2·width and 4·width channels.
+
+    shortcut: "A", without parameters, or "B", with a convolution where the shape changes.
+    """
 
     depth: int = 20
+    shortcut: Literal["A", "B"] = "A"
+
+    outside = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.shortcut not in ("A", "B"):
+            raise ValueError(f'ResNet needs shortcut="A" or shortcut="B", got {self.shortcut!r}. Write shortcut="A".')
+
+    def layers(self, train):
+        ops = self.ops(train)
+        stem, block = partial(self.block(Unit), self.width, 1, ops), partial(self.block(Block), shortcut=self.shortcut)
+        return {"stem": stem} | self.stages(block, self.width, ops) | {"features": Features}
+
+
+class LANet(OneBranch, kw_only=True):
+    """depth = 6n + 2, as its authors count it: n blocks of three convolutions in each stage, 9n + 2 layers. Stages of width, 2·width and
+    4·width channels, of three pixels' padding before the stem (36x36 of 32x32), and a norm before the pooling."""
+
+    depth: int = 32
 
     outside = 2
 
     def layers(self, train):
-        ops = self.ops(train)
-        stem = partial(self.block(Unit), self.width, 1, ops)
-        return {"stem": stem} | self.stages(self.block(Block), self.width, ops) | {"features": Features}
+        ops, block = self.ops(train), self.block(NarrowBlock)
+        stem = partial(self.block(Unit), self.width, 1, ops, padding=3)
+        stages = self.stages(partial(block, projected=False), self.width, ops)
+        stages = {site: partial(stage, first=partial(block, projected=True)) for site, stage in stages.items()}
+        return {"stem": stem} | stages | {"features": partial(NormalisedFeatures, ops)}
 
 
 class SEResNet(OneBranch, kw_only=True):
@@ -150,6 +181,7 @@ class Block(nn.Module):
     features: int
     stride: int
     ops: Ops
+    shortcut: Literal["A", "B"] = "A"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -157,7 +189,29 @@ class Block(nn.Module):
         y = nn.relu(ops.norm("norm1", ops.conv("conv1", x, self.features, self.stride)))
         y = ops.norm("norm2", ops.conv("conv2", ops.drop("drop", y), self.features))
         y = ops.residual("branch", y)
-        return nn.relu(y + subsampled(x, self.features, self.stride))
+        if self.shortcut == "A" or same_shape(x, self.features, self.stride):
+            return nn.relu(y + subsampled(x, self.features, self.stride))
+        return nn.relu(y + projection(ops, x, self.features, self.stride))
+
+
+class NarrowBlock(nn.Module):
+    """relu(norm(conv1x1(relu(norm(conv3x3(relu(norm(conv1x1(x)))))))) + S x), all convolutions with the same channels.
+
+    projected: whether S is a convolution; otherwise the shape must not change.
+    """
+
+    features: int
+    stride: int
+    ops: Ops
+    projected: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ops = self.ops
+        y = nn.relu(ops.norm("norm1", ops.conv("conv1", x, self.features, size=1)))
+        y = nn.relu(ops.norm("norm2", ops.conv("conv2", y, self.features, self.stride)))
+        y = ops.residual("branch", ops.norm("norm3", ops.conv("conv3", ops.drop("drop", y), self.features, size=1)))
+        return nn.relu(y + (projection(ops, x, self.features, self.stride) if self.projected else x))
 
 
 class SEBlock(nn.Module):
@@ -174,10 +228,8 @@ class SEBlock(nn.Module):
         y = nn.relu(ops.norm("norm1", ops.conv("conv1", x, self.features, self.stride)))
         y = ops.norm("norm2", ops.conv("conv2", ops.drop("drop", y), self.features))
         y = ops.residual("branch", Excitation(self.reduction, name="excitation")(y))
-        if x.shape[-1] == self.features and self.stride == 1:
-            return nn.relu(y + x)
-        shortcut = ops.conv("shortcut", x, self.features, self.stride, size=1)
-        return nn.relu(y + ops.norm("shortcut_norm", shortcut))
+        same = same_shape(x, self.features, self.stride)
+        return nn.relu(y + (x if same else projection(ops, x, self.features, self.stride)))
 
 
 class Excitation(nn.Module):
@@ -210,7 +262,7 @@ class PreActivationBlock(nn.Module):
         h = nn.relu(ops.norm("norm1", x))
         y = nn.relu(ops.norm("norm2", ops.conv("conv1", h, self.features, self.stride)))
         y = ops.residual("branch", ops.conv("conv2", ops.drop("drop", y), self.features))
-        same = x.shape[-1] == self.features and self.stride == 1
+        same = same_shape(x, self.features, self.stride)
         return y + (x if same else ops.conv("shortcut", h, self.features, self.stride, size=1))
 
 
@@ -235,7 +287,7 @@ class TwoBranchBlock(nn.Module):
             return ops.norm(f"norm{i}2", ops.conv(f"conv{i}2", ops.drop(f"drop{i}", y), self.features))
 
         y = Shaken(self.shake, ops.train, name="shake")(branch(1), branch(2))
-        if x.shape[-1] == self.features and self.stride == 1:
+        if same_shape(x, self.features, self.stride):
             return y + x
         shifted = jnp.pad(h, [(0, 0), (1, 0), (1, 0), (0, 0)])[:, :-1, :-1]
         half = self.features // 2
@@ -283,6 +335,26 @@ class ActivatedFeatures(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return pooled(nn.relu(self.ops.norm("norm", x)))
+
+
+class NormalisedFeatures(nn.Module):
+    """The pooled features after a norm."""
+
+    ops: Ops
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return pooled(self.ops.norm("norm", x))
+
+
+def same_shape(x: jax.Array, features: int, stride: int) -> bool:
+    """Whether a block with these leaves the shape of x as it is."""
+    return x.shape[-1] == features and stride == 1
+
+
+def projection(ops: Ops, x: jax.Array, features: int, stride: int) -> jax.Array:
+    """norm(1x1 convolution of every stride-th pixel of x): option B."""
+    return ops.norm("shortcut_norm", ops.conv("shortcut", x, features, stride, size=1))
 
 
 def subsampled(x: jax.Array, features: int, stride: int) -> jax.Array:

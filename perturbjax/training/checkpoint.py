@@ -232,9 +232,18 @@ def load_variables(folder: str | pathlib.Path) -> dict:
 
     Raises FileNotFoundError if there is none.
     """
-    checkpoints = pathlib.Path(folder) / "checkpoints"
+    root = pathlib.Path(folder)
+    checkpoints = root / "checkpoints"
     if not checkpoints.is_dir():
-        raise FileNotFoundError(f"load_variables needs the folder of a run, got {str(folder)!r}, which has no checkpoints/.")
+        below = [path.parent for runs in ("seed-*", "runs/*/seed-*") for path in root.glob(f"{runs}/checkpoints")]
+        way = (
+            f"{str(min(below))!r} or another run below"
+            if below
+            else "train.py's --out, compare.py's OUT/runs/METHOD-xxxx/seed-0"
+        )
+        raise FileNotFoundError(
+            f"load_variables needs the folder of a run, got {str(folder)!r}, which has no checkpoints/. Give it {way}."
+        )
     with Checkpoints(checkpoints) as found:
         if found.latest is None:
             raise FileNotFoundError(f"load_variables needs a checkpoint, got none in {str(checkpoints)!r}. Train first.")

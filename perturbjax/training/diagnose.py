@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from perturbjax.chains import split_methods
 from perturbjax.data import Dataset
 from perturbjax.frozen import join_params, split_params
 from perturbjax.training.devices import Devices
@@ -21,7 +22,6 @@ from perturbjax.training.step import (
     compiled_step,
     draw_batch,
     evaluate_loss,
-    split_methods,
     step_keys,
     update_arguments,
 )

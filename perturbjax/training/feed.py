@@ -33,13 +33,20 @@ class Call(NamedTuple):
     ends_epoch: bool
 
 
-def streams(dataset: Dataset, wish: bool | None) -> bool:
-    """Whether the images are streamed: as wished, or if they are a memory map or take too much of the device's memory."""
+def streams(dataset: Dataset, wish: bool | None, copies: int = 1) -> bool:
+    """Whether the images are streamed: as wished, or if they are a memory map or so many copies take too much of the device's memory."""
     if wish is not None:
         return wish
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     limit = HOST_LIMIT if memory is None else int(DEVICE_SHARE * memory)
-    return isinstance(dataset.train_images, np.memmap) or dataset.train_images.nbytes > limit
+    return isinstance(dataset.train_images, np.memmap) or copies * dataset.train_images.nbytes > limit
+
+
+def same_arrays(datasets: Sequence[Dataset]) -> bool:
+    """Whether all of them have the same training arrays, which then lie on the device once."""
+    first = datasets[0]
+    names = ("train_images", "train_labels", "train_domains")
+    return all(getattr(d, name) is getattr(first, name) for d in datasets for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +67,7 @@ class Feed:
     @property
     def shared(self) -> bool:
         """Whether all runs train on the same arrays."""
-        first = self.datasets[0]
-        same = lambda name: all(getattr(d, name) is getattr(first, name) for d in self.datasets)
-        return same("train_images") and same("train_labels") and same("train_domains")
+        return same_arrays(self.datasets)
 
     def data(self) -> DeviceData:
         """The training sets on the device: [N, ...], or [S, N, ...] where the runs have different ones; no images if streamed."""

@@ -17,6 +17,9 @@ from perturbjax.training.checkpoint import FORMAT, CheckpointNotWritten, NewerCh
 
 RUN, MODEL, LOG, FINISHED, CHECKPOINTS = "run.json", "model.json", "metrics.jsonl", "finished.npz", "checkpoints"
 
+LATER = ("parallel", "test_hash", "weights_hash", "vectors_hash")
+"""Settings that folders of earlier versions don't have: what they were is not known there, so anything is accepted."""
+
 
 class OtherSettings(ValueError):
     """A folder that was begun with other settings."""
@@ -88,7 +91,7 @@ class RunFolder:
         differences = [
             f"  {key}: {_shown(there, key)} there, {_shown(wanted, key)} now"
             for key in sorted({*there, *wanted})
-            if there.get(key) != wanted.get(key)
+            if there.get(key) != wanted.get(key) and (key in there or key not in LATER)
         ]
         if differences:
             raise OtherSettings(

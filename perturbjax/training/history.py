@@ -36,7 +36,7 @@ class History:
     examples_per_second: float = 0.0
     """Training samples over `seconds`."""
     peak_memory: int = 0
-    """Bytes: of the device where it tells, else of the process."""
+    """Bytes, the most so far: of the device where it tells, else of the process; what the process trained before counts, too."""
     state: Any = None
     """The TrainState at the end; None for a run read from its file."""
     progress: dict | None = None

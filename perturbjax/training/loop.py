@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +15,12 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from perturbjax.chains import split_methods
 from perturbjax.data import Dataset, evaluation_batches
 from perturbjax.training.checkpoint import Checkpoints
 from perturbjax.training.devices import Devices, from_host, to_host
 from perturbjax.training.diagnose import Trouble, explain
-from perturbjax.training.feed import Call, Feed, stacked, step_size, streams
+from perturbjax.training.feed import Call, Feed, same_arrays, stacked, step_size, streams
 from perturbjax.training.folder import RunFolder, keep_model
 from perturbjax.training.history import History
 from perturbjax.training.interrupt import Interrupted, on_request
@@ -33,7 +33,6 @@ from perturbjax.training.step import (
     compiled_step,
     init_state,
     sample_data,
-    split_methods,
 )
 
 EVALUATION_BATCH = 512
@@ -94,7 +93,7 @@ class Progress:
     log_size: int = 0
 
     def of(self, s: int) -> dict:
-        """The progress of one of the runs alone, as a checkpoint keeps it; its log is then counted anew."""
+        """The progress of one of the runs alone, as a checkpoint keeps it; whoever writes its log sets log_size."""
         own = {name: [x[s]] if isinstance(x, list) else x for name, x in dataclasses.asdict(self).items()}
         return own | {"seconds": self.seconds / len(self.accuracy), "log_size": 0}
 
@@ -112,7 +111,6 @@ def fit(
     seed: int,
     *,
     on_epoch: Callable[[int, dict], None] | None = None,
-    steps_per_call: int | None = None,
     folder: RunFolder | None = None,
     options: Options | None = None,
 ) -> History:
@@ -123,7 +121,6 @@ def fit(
       dataset: trained on its training part, evaluated on its test part after each epoch.
       seed: of initialisation, batch order, augmentation and every draw. Methods with the same seed see the same batches.
       on_epoch: called with (epoch, {"loss", "accuracy", ...}) after each epoch.
-      steps_per_call: as in Options.
       folder: where log and checkpoints go; a run that is begun there goes on, bit for bit as if it had not been interrupted.
       options: devices, streaming, checkpoints.
 
@@ -133,9 +130,6 @@ def fit(
       CheckpointNotWritten: the disk is full, or may not be written.
       ValueError: settings that can't be (before anything compiles).
     """
-    options = options or Options()
-    if steps_per_call is not None:
-        options = dataclasses.replace(options, steps_per_call=steps_per_call)
     return fit_many(recipe, [Run(dataset, numbers, seed)], on_epoch=on_epoch, folder=folder, options=options)[0]
 
 
@@ -168,9 +162,10 @@ class _Training:
     def __init__(self, recipe, runs, options, folder, on_epoch):
         self.recipe, self.runs, self.options, self.folder, self.on_epoch = recipe, runs, options, folder, on_epoch
         self.devices, self.many = options.devices, len(runs) > 1
-        streamed = streams(runs[0].dataset, options.stream)
+        datasets = [r.dataset for r in runs]
+        streamed = streams(datasets[0], options.stream, copies=1 if same_arrays(datasets) else len(runs))
         self.feed = Feed(
-            recipe, [r.dataset for r in runs], [r.seed for r in runs], self.devices,
+            recipe, datasets, [r.seed for r in runs], self.devices,
             step_size(options.steps_per_call, streamed), streamed, self.many,
         )  # fmt: skip
         states = [init_state(recipe, r.numbers, sample_data(r.dataset), r.seed) for r in runs]
@@ -181,7 +176,9 @@ class _Training:
         vmapped = ("shared" if self.feed.shared else "own") if self.many else None
         self.step = compiled_step(recipe, self.devices, vmapped)
         self.progress = Progress.start(len(runs))
-        self.test_images = [r.dataset.test_images if streamed else jnp.asarray(r.dataset.test_images) for r in runs]
+        tested = {id(d.test_images): d.test_images for d in datasets}  # those of all seeds are often one array
+        placed = tested if streamed else {key: jnp.asarray(images) for key, images in tested.items()}
+        self.test_images = [placed[id(d.test_images)] for d in datasets]
 
     def run(self) -> list[History]:
         with contextlib.ExitStack() as stack:
@@ -191,7 +188,11 @@ class _Training:
             wish = stack.enter_context(on_request())
             host = self._resume(checkpoints)
             state = self.devices.replicate(from_host(host, self.start))
-            return self._histories(self._train(state, host, checkpoints, wish))
+            state = self._train(state, host, checkpoints, wish)
+            self._stop_if_asked(checkpoints, wish)  # what came during the last evaluation
+            histories = self._histories(state)
+            self._stop_if_asked(checkpoints, wish)
+            return histories
 
     def _resume(self, checkpoints: Checkpoints | None) -> TrainState:
         """The state to go on from, on the host; sets `progress` and cuts the log to it."""
@@ -201,6 +202,8 @@ class _Training:
             step, host, progress = found
             progress.pop("format")
             self.progress = Progress(**progress)
+            if not self.options.log_every:  # lines that are switched on later begin there
+                self.progress.line_sums = [{} for _ in self.runs]
             self.options.say(f"{self.folder.path}: goes on after step {step} of {self.recipe.total_steps}.")
             if self.folder.log_size < self.progress.log_size:
                 self.options.say(f"{self.folder.path}: lines of the log are missing; the numbers are not affected.")
@@ -247,6 +250,12 @@ class _Training:
             self._save(checkpoints, state, good)
         return state
 
+    def _stop_if_asked(self, checkpoints: Checkpoints | None, wish) -> None:
+        """Raises Interrupted for a signal that came after the last step: the caller has more to do, and was asked to stop, too."""
+        _, stop = self._agree(False, True, wish.number)
+        if stop:
+            raise Interrupted(self._goodbye(checkpoints), stop)
+
     def _compile(self, state: Any) -> None:
         """Compiles for the sizes of call that will occur, before the clock starts."""
         per_epoch, per_call = self.recipe.steps_per_epoch, self.feed.steps_per_call
@@ -266,7 +275,7 @@ class _Training:
 
     def _absorb(self, pending: list[tuple[Call, dict]]) -> tuple[Trouble | None, list[dict]]:
         """Adds the steps' metrics to the sums, in order: (the first bad loss, or None; lines for the log)."""
-        lines = []
+        lines, every = [], self.options.log_every
         for call, found in pending:
             values = {name: np.atleast_2d(np.asarray(x)) for name, x in jax.device_get(found).items()}  # [S, steps]
             for i in range(call.steps):
@@ -274,13 +283,12 @@ class _Training:
                     trouble = Trouble.of(float(values["loss"][s, i]), call.first + i, s, self.recipe.num_classes)
                     if trouble is not None:
                         return trouble, lines
-                    for sums in (self.progress.epoch_sums[s], self.progress.line_sums[s]):
+                    for sums in (self.progress.epoch_sums[s], *([self.progress.line_sums[s]] if every else ())):
                         for name, x in values.items():
                             # One after the other in float64: the sum is the same wherever a run was interrupted.
                             sums[name] = sums.get(name, 0.0) + float(x[s, i])
                         sums["steps"] = sums.get("steps", 0) + 1
                 self.progress.step += 1
-                every = self.options.log_every
                 if every and self.progress.step % every == 0:
                     lines += [self._line(s, mean(self.progress.line_sums[s])) for s in range(len(self.runs))]
                     self.progress.line_sums = [{} for _ in self.runs]
@@ -430,10 +438,16 @@ def extra_gradients(opt_state: optax.OptState) -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes in use so far: on the first device where it tells, else of this process."""
+    """The most bytes in use so far: on the first device where it tells, else of this process; 0 where nobody tells."""
     stats = jax.local_devices()[0].memory_stats() or {}
+    if found := stats.get("peak_bytes_in_use"):
+        return int(found)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in kilobytes on Linux
-    return int(stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def training_losses(

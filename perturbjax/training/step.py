@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from perturbjax.chains import split_methods
 from perturbjax.checks import check_choice
-from perturbjax.core import Batch, Chain, Objective, chain, objective
+from perturbjax.core import Batch, Objective, objective
 from perturbjax.data import Augmentation, Dataset
 from perturbjax.frozen import check_frozen, join_params, split_params
 from perturbjax.models.blocks import KEEP_REMAT
@@ -47,7 +48,8 @@ class Recipe:
     augmentation: Augmentation = Augmentation()
     """Of the images, on the device."""
     accumulate: int = 1
-    """Batches whose gradients are averaged for one update. The methods' own optimiser links act on each of them."""
+    """Batches whose gradients are averaged for one update. The methods' own optimiser links act on each of them. The run's last
+    batches change nothing where they are too few for an update."""
     optimizer: str = "sgd"
     """"sgd" (coupled weight decay), "adam" (coupled, too) or "adamw" (decoupled); the momentum is β₁ of the latter two, whose β₂ is
     0.999."""
@@ -128,17 +130,6 @@ def pixels(images: jax.Array) -> jax.Array:
     if images.dtype == jnp.int32:
         return images
     return jnp.asarray(_PIXELS)[images] if images.dtype == jnp.uint8 else images.astype(jnp.float32)
-
-
-def split_methods(made: Iterable) -> tuple[Chain, tuple[optax.GradientTransformation, ...]]:
-    """Methods as a chain for the loss and links for the optimiser, each in the order given."""
-    links, transforms = [], []
-    for one in made:
-        if hasattr(one, "update") and hasattr(one, "init"):
-            transforms.append(one)
-        else:
-            links.append(one)
-    return chain(*links), tuple(transforms)
 
 
 def optimizer(

@@ -144,7 +144,7 @@ def test_only_the_layers_behind_the_site_rerun(problem):
     made = objective(pj.lpa(site="stage1", num_steps=4), {name: counted(name) for name in PIECES})
     states = made.init(params, x)
     calls.update(dict.fromkeys(PIECES, 0))
-    jax.make_jaxpr(jax.grad(lambda w: made(w, states, pj.batch(x, jnp.asarray(y)))[0]))(params)
+    jax.make_jaxpr(jax.grad(lambda w: made(w, states, pj.batch(x, jnp.asarray(y)), epoch=0)[0]))(params)
     assert calls == dict(stage1=1, stage2=5, logits=5)
 
 
@@ -334,6 +334,38 @@ def test_statistics_behind_a_search_are_those_of_the_clean_pass(problem, first):
     assert np.abs(moved - plain).max() > 1
     for found in after:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, clean[-1])
+
+
+KNOW_THE_LABEL = {
+    "logpert": lambda: pj.logpert(weight=0.05),
+    "mixpert": lambda: pj.mixpert(pro=50, eps1=8),
+    "ldam": lambda: pj.ldam(margin=3.0, scale=5.0),
+    "cosface": lambda: pj.cosface(margin=3.0, scale=5.0),
+    "adaptive_margin": lambda: pj.adaptive_margin(margin=1.0, scale=5.0),
+    "self_paced_logit": lambda: pj.self_paced_logit(tau=0.1),
+}
+
+
+@pytest.mark.parametrize(
+    "name, order", [*((name, (0, 1, 2, 3)) for name in KNOW_THE_LABEL), ("logpert", (1, 0, 2, 3)), ("logpert", (1, 2, 0, 3))]
+)
+def test_statistics_next_to_a_link_that_knows_the_label_are_those_without_it(problem, name, order):
+    params, x, y = problem
+    split = pj.by_accuracy()
+    links = [KNOW_THE_LABEL[name](), pj.lpa(site="stage2", split=split), pj.lpl(split=split), pj.lpg(split=split)]
+    batch = pj.batch(x, jnp.asarray(y))
+
+    def statistics(*links):
+        made = pj.objective(PIECES, pj.chain(*links), num_classes=C, class_counts=np.arange(1, C + 1))
+        out = quick(lambda states: made(params, states, batch, step=1, progress=0.5)[1])(made.init(params, x))
+        return out.states, out.losses
+
+    (clean,), plain = statistics(pj.lpl(split=split))
+    states, moved = statistics(*(links[i] for i in order))
+    assert np.abs(moved - plain).max() > 1e-3
+    for place, state in zip(order, states, strict=True):
+        if place:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state, clean)
 
 
 def test_between_candidates_of_which_none_has_searched_yet_the_own_pass_is_clean(problem):

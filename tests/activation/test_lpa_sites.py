@@ -8,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import perturbjax as pj
 from perturbjax.activation.lpa_sites import comparing, layer_effect
+from perturbjax.core import Where
 
 C, B, D = 3, 8, 4
 EXAMPLES = 2 * B  # two steps an epoch
@@ -114,7 +115,9 @@ def test_an_inactive_site_runs_no_search():
 
 
 def test_sites_are_compared_at_the_start_of_the_first_second_and_every_later_e_th_epoch():
-    due = lambda every: [s for s in range(14) if comparing(pj.Context(C, num_examples=17, batch_size=8, step=s), every)]
+    due = lambda every: [
+        s for s in range(14) if comparing(pj.Context(C, num_examples=17, batch_size=8, where=Where(step=s)), every)
+    ]
     assert due(1) == [0, 2, 4, 6, 8, 10, 12]
     assert due(2) == [0, 2, 6, 10]
     assert due(3) == [0, 2, 8]

@@ -121,7 +121,7 @@ def test_attacks_are_read_as_typed():
         bound=0.1
     )
     assert found["class_universal"].by_class and pa.parse_attacks("none") == pa.parse_attacks("") == {}
-    data = pa.Split(IMAGES, LABELS, IMAGES, LABELS, C)
+    data = pa.AttackData(IMAGES, LABELS, IMAGES, LABELS, C)
     of = {
         typed: one.accuracy(NET, data)
         for typed, one in pa.parse_attacks("pgd(0.05), universal(0.05), class_universal(0.05)").items()
@@ -226,6 +226,7 @@ def test_train_gives_the_same_number_and_attacks_a_finished_run(tmp_path):
     assert read(tmp_path / "one")["methods"]["ce"]["attacks"] == wanted
 
 
+@pytest.mark.optax_promotes  # schedules
 def test_a_bad_attack_ends_the_command_before_training(tmp_path):
     with pytest.raises(ValueError, match="pgd needs bound <= 1, got 8"):
         compare.main(["--methods", "ce", "--attack", "pgd(bound=8)", "--out", str(tmp_path / "out")])

@@ -72,6 +72,22 @@ def test_the_same_command_trains_nothing_again(audited, monkeypatch):
     assert {k: v for k, v in again.items() if k not in changing} == {k: v for k, v in found.items() if k not in changing}
 
 
+def test_another_cleaning_sheet_or_number_of_folds_trains_nothing_again(tmp_path, monkeypatch):
+    flags = ["--view", "thin(20)+noise(pair, 0.2)", "--epochs", "1", "--batch-size", "20", "--out", str(tmp_path)]
+    audit.main([*flags, "--folds", "2"])
+    with monkeypatch.context() as patched:
+        patched.setattr(audit, "fit", None)
+        audit.main([*flags, "--clean", "relabel", "--top", "7", "--folds", "0"])
+        assert (tmp_path / "sheet.html").read_text().count("<img") == 7
+        assert len(load(tmp_path / "cleaned.npz").train_labels) == 200
+        with pytest.raises(ValueError, match="epochs: 1 there, 2 now"):  # what makes the training is still the folder's own
+            audit.main([*flags, "--epochs", "2"])
+    folds = ["--evidence", "folds", "--out", str(tmp_path / "folds")]
+    audit.main([*flags, *folds, "--folds", "2"])
+    with pytest.raises(ValueError, match="folds: 2 there, 3 now"):
+        audit.main([*flags, *folds, "--folds", "3"])
+
+
 def test_clean_labels_are_left_alone_and_nothing_is_claimed(tmp_path):
     audit.main(["--out", str(tmp_path), "--epochs", "10"])
     found = json.loads((tmp_path / "audit.json").read_text())
@@ -88,6 +104,23 @@ def test_folds_seeds_and_relabelling(tmp_path):
     assert len(relabelled.train_labels) == len(digits.train_labels)
     assert np.mean(relabelled.train_labels != digits.train_labels) < 0.12
     train.main(["--data", str(tmp_path / "cleaned.npz"), "--view", "none", "--epochs", "1", "--out", str(tmp_path / "run")])
+
+
+def test_streamed_images_stay_off_the_device_and_an_error_in_the_timing_leaves_the_files(tmp_path, monkeypatch):
+    from perturbjax.training import cost
+
+    def failing(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cost, "device_data", failing)
+    flags = ["--view", "thin(20)", "--epochs", "1", "--batch-size", "20", "--stream", "True", "--out", str(tmp_path)]
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory"):
+        broken.setattr(audit, "cost_ratios", failing)
+        audit.main(flags)
+    assert all((tmp_path / name).exists() for name in ("audit.csv", "sheet.html", "cleaned.npz"))
+    monkeypatch.setattr(audit, "fit", None)  # the training is read from its checkpoint
+    audit.main(flags)
+    assert json.loads((tmp_path / "audit.json").read_text())["cost"]["recorder"] > 0
 
 
 def arrays(**more):
@@ -151,12 +184,17 @@ def test_only_the_classes_that_would_vanish_keep_flagged_samples():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--evidence", "memry"], "memory or folds"),
-        (["--clean", "remove"], "drop or relabel"),
-        (["--seeds", "0"], "at least 1"),
-        (["--folds", "1"], "at least 2, or 0"),
-        (["--weight", "1"], "0 < λ < 1"),
+        (["--evidence", "memry"], "Did you mean 'memory'"),
+        (["--clean", "remove"], "There are: drop, relabel"),
+        (["--seeds", "0"], "needs seeds >= 1, got 0. Write --seeds 1"),
+        (["--seed", "-1"], "needs seed >= 0, got -1. Write --seed 0"),
+        (["--folds", "1"], "needs folds >= 2, got 1. Write --folds 2"),
+        (["--folds", "0", "--evidence", "folds"], "needs folds >= 2, got 0. Write --folds 2"),
+        (["--weight", "1"], "Write --weight 0.999"),
+        (["--top", "-1"], "Write --top 0"),
         (["--method", "ce, lpl"], "one method"),
+        (["--coordinator", "localhost:1", "--num-processes", "2"], "audit.py needs one process, got --coordinator localhost:1"),
+        (["--view", "thin(7)", "--epochs", "1"], "which leave 6 of 70 out. Write --epochs 2 or more"),
         (["--view", "thin(3)", "--evidence", "folds"], "got 5 folds and a class of 3. Write --folds 3"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -12,6 +12,7 @@ import pytest
 from experiments import compare, domains, shared
 from perturbjax import spec
 from perturbjax.activation.lpa_sites import comparing
+from perturbjax.core import Where
 from perturbjax.data.domains import domain_batches, pooled, split_domains
 from perturbjax.training import init_state
 from perturbjax.training.step import build, compiled_step, pixels
@@ -153,7 +154,7 @@ def test_sites_are_compared_when_an_epoch_begins(data):
     whole = pooled(shared.load_view(settings, 0))
     recipe = domains.recipe_of(settings, whole, method)
     context = build(recipe, shared.make_numbers(settings, numbers), whole.class_counts)[0].context
-    due = [step for step in range(40) if comparing(context._replace(batch_size=recipe.batch_size, step=step), 1)]
+    due = [step for step in range(40) if comparing(context._replace(batch_size=recipe.batch_size, where=Where(step=step)), 1)]
     assert due == list(range(0, 40, 6)) and recipe.steps_per_epoch == 6  # 80 % of 2 · 45 samples in batches of 12
     assert context.num_examples == 135
 
@@ -238,6 +239,9 @@ def test_it_learns_what_the_domains_share(tmp_path):
         ({}, ["--steps", "0"], "--steps needs steps >= 1, got 0"),
         ({}, ["--evaluate-every", "9"], "--evaluate-every needs 1 <= evaluate_every <= 6, got 9"),
         ({}, ["--view", "leave_out(art)"], "pooled needs TINY without a validation set"),
+        ({}, ["--coordinator", "localhost:1", "--num-processes", "2"], "domains.py needs one process, got --coordinator localhost:1"),
+        ({}, ["--methods", "pcgrad(groups=20)"], r"pcgrad\(groups=20\): pcgrad needs at most 3 groups"),
+        ({}, ["--methods", "coral(weight=[1, 2])"], r"coral\(weight=\[1, 2\]\): "),
         ({}, ["--optimizer", "sgd", "--learning-rate", "1e20"], "erm, without art, seed 0: training needs finite losses"),
         (dict(keep=lambda y, d: (y != 2) | (d == 1)), [], "every class without the domain 'photo', got none of 'z'"),
     ],
@@ -246,6 +250,19 @@ def test_bad_input(tmp_path, changes, flags, message):
     file = write(tmp_path / "TINY.npz", **changes)
     with pytest.raises(ValueError if "finite" not in message else FloatingPointError, match=message):
         domains.main(["--data", file, "--methods", "erm", *QUICK, "--seeds", "1", "--out", str(tmp_path / "out"), *flags])
+
+
+def test_thinning_draws_from_all_samples_those_of_the_files_test_part_too(tmp_path):
+    """With the other views as before; the run has the samples that the table of the data counts."""
+    file = write(tmp_path / "TINY.npz")
+    settings = domains.DomainsSettings(data=file, view="thin(20)+shrink(4)")
+    few, all_ = domains.load_pooled(settings), domains.load_pooled(dataclasses.replace(settings, view="none"))
+    assert len(all_.train_labels) == 135 and few.class_counts.tolist() == [20, 20, 20] and few.image_shape == (4, 4, 3)
+    assert [view.split("(")[0] for view in few.views] == ["shrink", "thin"]
+    domains.main(["--data", file, "--view", "thin(20)", "--methods", "erm", *QUICK[:4], "--model", "mlp", "--width", "4",
+                  "--batch-size", "3", "--seeds", "1", "--held-out", "art", "--out", str(tmp_path / "out")])  # fmt: skip
+    [run] = found(tmp_path / "out")["methods"]["erm"]["runs"]
+    assert found(tmp_path / "out")["data"]["samples"] == 60 and sum(run["sizes"].values()) <= 60
 
 
 def test_data_without_domains():

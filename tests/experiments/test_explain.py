@@ -61,9 +61,11 @@ def test_nets_of_other_test_samples_cannot_stand_side_by_side(looked):
 
 
 def test_bad_flags_are_named():
-    with pytest.raises(ValueError, match="--explain needs label or prediction, got 'both'"):
+    with pytest.raises(
+        ValueError, match="--explain needs explain to be one of its names, got 'both'.*There are: label, prediction"
+    ):
         explain.main(["--explain", "both"])
-    with pytest.raises(ValueError, match="--images needs at least 0, got -1"):
+    with pytest.raises(ValueError, match="--images needs images >= 0, got -1. Write --images 0"):
         explain.main(["--images", "-1"])
-    with pytest.raises(ValueError, match="--perplexity needs more than 0, got 0"):
+    with pytest.raises(ValueError, match="--perplexity needs perplexity > 0, got 0.0. Write --perplexity 1"):
         explain.main(["--perplexity", "0"])

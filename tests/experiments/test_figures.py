@@ -36,7 +36,12 @@ def test_accuracy_against_a_setting(tmp_path):
 
 def test_a_setting_is_taken_out_of_a_method():
     assert figures.without("la+lpl(bound=0.5, split=frequency)", "bound") == ("la+lpl(split=frequency)", 0.5)
-    assert figures.without("ce", "bound") is None
+    assert figures.without("ce", "bound") is None and figures.without("r_drop(cut=true)", "cut") is None
+    both = "lpl(bound=0.5)+lpa(bound=2)"
+    assert figures.without(both, "lpl.bound") == ("lpl+lpa(bound=2)", 0.5)
+    assert figures.without(both, "lpa.bound") == ("lpl(bound=0.5)+lpa", 2.0)
+    with pytest.raises(ValueError, match="setting of one method, got 'bound' of 2 in .* Write --setting lpl.bound"):
+        figures.without(both, "bound")
 
 
 def test_weights_of_self_paced_learning(tmp_path):

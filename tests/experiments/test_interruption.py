@@ -248,13 +248,15 @@ def test_a_group_that_was_interrupted_is_finished_as_it_began(tmp_path, monkeypa
     assert not list(tmp_path.glob("runs/together-*"))
     logs = sorted(tmp_path.glob("runs/*/seed-*/metrics.jsonl"))
     assert len(logs) == 4 and all(log.read_text().count("\n") == 2 for log in logs)
-    # A damaged file of a finished run is put aside, and the checkpoint is enough.
+    # A damaged file of a finished run is put aside, and the checkpoint is enough; the log stays.
+    lines = logs[0].read_text()
     finished = sorted(tmp_path.glob("runs/ce-*/seed-0/finished.npz"))[0]
     before = json.loads((tmp_path / "results.json").read_text())["methods"]["ce"]["accuracy"]
     finished.write_bytes(b"PK rubbish")
     (tmp_path / "results.json").write_text("{")
     compare.main(flags)
     assert json.loads((tmp_path / "results.json").read_text())["methods"]["ce"]["accuracy"] == before
+    assert logs[0].parent == finished.parent and logs[0].read_text() == lines
 
 
 def test_all_seeds_of_a_drawn_view_share_one_recipe(tmp_path):
@@ -278,6 +280,50 @@ def test_other_images_or_another_plugin_are_another_run(tmp_path):
         else:
             with pytest.raises(ValueError, match="images_hash"):
                 train.main([*flags, "--out", str(tmp_path / "out")])
+
+
+def test_other_test_images_or_pmap_are_another_run_and_folders_of_earlier_versions_stay_readable(tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(60) % 3
+    file, out = tmp_path / "mine.npz", tmp_path / "out"
+    flags = ["--data", str(file), "--view", "none", "--epochs", "1", "--batch-size", "8", "--out", str(out)]
+    arrays = dict(train_images=rng.integers(0, 256, (60, 6, 6, 3), dtype=np.uint8), train_labels=labels, test_labels=labels)
+
+    def write():
+        np.savez(file, **arrays, test_images=rng.integers(0, 256, (60, 6, 6, 3), dtype=np.uint8))
+        train.shared.source.cache_clear(), train.shared.channel_stats.cache_clear()
+
+    write()
+    train.main(flags)
+    train.main([*flags, "--devices", "2"])  # the same numbers, to rounding
+    with pytest.raises(ValueError, match='parallel: "jit" there, "pmap over 2 devices" now'):
+        train.main([*flags, "--parallel", "pmap", "--devices", "2"])
+    write()
+    with pytest.raises(ValueError, match="test_hash: "):
+        train.main(flags)
+    kept = json.loads((out / "run.json").read_text())
+    del kept["settings"]["test_hash"], kept["settings"]["parallel"]
+    (out / "run.json").write_text(json.dumps(kept))
+    train.main(flags)
+
+
+def test_other_contents_of_weights_or_vectors_are_another_run(tmp_path):
+    folders, settings = (
+        train.shared.folders,
+        train.TrainSettings(weights=str(tmp_path / "net"), vectors=str(tmp_path / "words")),
+    )
+    data, seen = train.shared.load_view(train.TrainSettings(), 0), []
+    contents = bytearray(6_000_000)  # more than is read of it: blocks at equal distances
+    for change in (None, 0, 2_999_999 // 5860 * 5860, 5_999_999 // 5860 * 5860, "longer"):
+        if change == "longer":
+            contents.append(0)
+        elif change is not None:
+            contents[change] ^= 1
+        (tmp_path / "net").write_bytes(contents)
+        (tmp_path / "words").write_bytes(contents[:100])
+        found = folders.identity(settings, data)
+        seen.append((found["weights_hash"], found["vectors_hash"]))
+    assert len({weights for weights, _ in seen}) == 5 and len({vectors for _, vectors in seen}) == 2
+    assert {"weights_hash", "vectors_hash"}.isdisjoint(folders.identity(train.TrainSettings(), data))
 
 
 def test_a_last_update_that_breaks_the_net_is_found(tmp_path):

@@ -66,9 +66,15 @@ def test_it_reads_the_runs_of_train_py(tmp_path):
 
 
 def test_bad_flags_are_named(tmp_path):
-    with pytest.raises(ValueError, match="--part needs train or test, got 'validation'"):
+    with pytest.raises(ValueError, match="--part needs part to be one of its names, got 'validation'.*There are: test, train"):
         landscape.main(["--part", "validation"])
-    with pytest.raises(ValueError, match="--points needs at least 2, got 1"):
+    with pytest.raises(ValueError, match="--points needs points >= 2, got 1. Write --points 2"):
         landscape.main(["--points", "1"])
     with pytest.raises(ValueError, match="--runs needs folders with finished runs of compare.py or train.py, got"):
         landscape.main(["--runs", str(tmp_path)])
+    audited = tmp_path / "audit" / "seed-0"  # as audit.py leaves it: without run.json
+    audited.mkdir(parents=True)
+    for name in ("model.json", "finished.npz"):
+        (audited / name).touch()
+    with pytest.raises(ValueError, match="--runs needs .*audit', which has none. Write --runs and the --out of such a command"):
+        landscape.main(["--runs", str(tmp_path / "audit")])

@@ -164,6 +164,21 @@ def test_list_shows_every_method_with_its_coordinates(capsys):
     for factory in taxonomy.registry().values():
         assert (getattr(factory, "alias", None) or factory.__name__) in shown
     assert "adversarial" in shown and "category" in shown
+    assert "(pj.logit_adjustment)" in shown and "(pj.lpl)" not in shown  # the Python name, where it is another one
+
+
+def test_different_classifiers_are_said_unless_the_flag_gives_one(tmp_path, capsys):
+    quick = "--view thin(8) --epochs 1 --batch-size 16 --seeds 1 --cost-rounds 0".split()
+    flags = ["--methods", "ce, ldam, ls", *quick]
+    compare.main([*flags, "--out", str(tmp_path / "a")])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: the methods have different classifiers (linear: ce, ls; cosine: ldam)" in said
+    assert "Write --head cosine for one classifier." in said
+    assert results(tmp_path / "a")["settings"]["head"] == "linear: ce, ls; cosine: ldam"
+    assert "linear: ce, ls; cosine: ldam" in (tmp_path / "a" / "report.html").read_text()
+    compare.main([*flags, "--head", "cosine", "--out", str(tmp_path / "b")])
+    assert "note: the methods" not in capsys.readouterr().out and results(tmp_path / "b")["settings"]["head"] == "cosine"
+    assert compare.heads(compare.CompareSettings(), shared.parse_methods("ce, la")) is None
 
 
 @pytest.mark.parametrize("vmapped", ["False", "True"])
@@ -216,11 +231,22 @@ def test_bench_measures_ratios_beside_ideals(tmp_path):
         (["--methods", "lpl(split=freq)"], "split=frequency"),
         (["--methods", "isda", "--head", "cosine"], "head='linear'"),
         (["--methods", "weighting(weights=[1, 2])"], "needs 10 weights, got 2"),
+        # What only the training step can refuse:
+        (["--methods", "ce, pcgrad(groups=20)"], r"pcgrad\(groups=20\): pcgrad needs at most 10 groups of 10 classes, got 20"),
+        (
+            ["--methods", "ce, pcgrad(groups=domains)"],
+            r"pcgrad\(groups=domains\): .* Write groups='classes' for data without domains",
+        ),
+        (["--methods", "ce, lpl(bound=[0.1, 0.2])"], r"lpl\(bound=\[0.1, 0.2\]\): .*float32\[2\] .*float32\[10\]"),
+        (["--methods", "ce, lpl(direction=[1, -1])"], r"lpl\(direction=\[1, -1\]\): .*float32\[2\]"),
+        (["--methods", "ce, sam(radius=[0.1, 0.2])"], r"sam\(radius=\[0.1, 0.2\]\): .*\(2,\)"),
+        (["--methods", "ce, focal(gamma=[1, 2])"], r"focal\(gamma=\[1, 2\]\): .*\(64,\), \(2,\)"),
+        (["--methods", "ce, noise(eta=[1, 2])"], r"noise\(eta=\[1, 2\]\): .*\(2,\)"),
         (["--view", "longtale(5)"], "Write longtail"),
         (["--view", "longtail(0.5)"], "ratio of at least 1"),
         (["--model", "resnet21"], "resnet20"),
         (["--batch-size", "100000"], "batch_size <= 344"),
-        (["--seeds", "0"], "--seeds needs at least 1"),
+        (["--seeds", "0"], "--seeds needs seeds >= 1, got 0. Write --seeds 1"),
         (["--config", "small_longtial"], "Did you mean 'small_longtail'"),
         (["--plugin", "nowhere.py"], "nowhere.py"),
     ],
@@ -229,7 +255,76 @@ def test_bench_measures_ratios_beside_ideals(tmp_path):
 def test_bad_input_ends_with_a_clear_error_before_training(flags, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         compare.main([*flags, "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert not (tmp_path / "out" / "results.json").exists() and not (tmp_path / "out" / "runs").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream", "True"]], ids=["resident", "streamed"])
+def test_the_check_before_training_makes_the_trace_that_training_uses(flags, monkeypatch):
+    """So it costs nothing but its place."""
+    from perturbjax.training import Devices, init_state, step
+    from perturbjax.training.feed import Feed, streams
+
+    settings = compare.CompareSettings(
+        view="thin(8)", batch_size=17, stream=True if flags else None
+    )  # a size of this test alone
+    [(method, numbers)] = shared.parse_methods("lpl(bound=0.5)+sam").values()
+    data, stats = shared.load_view(settings, 0), shared.channel_stats(settings)
+    traced, original = [], step.train_step
+    monkeypatch.setattr(step, "train_step", lambda *args, **options: (traced.append(1), original(*args, **options))[1])
+    shared.check_runs(settings, data, {"this": (method, numbers)}, stats)
+    assert traced == [1]
+    recipe, wanted = shared.make_recipe(settings, data, method, stats), shared.make_numbers(settings, numbers)
+    feed = Feed(recipe, [data], [0], Devices(), 1, streams(data, settings.stream), False)
+    call, state = feed.example(1), init_state(recipe, wanted, step.sample_data(data), 0)
+    step.compiled_step(recipe).lower(state, step.as_arrays(wanted), feed.data(), call.index, call.images)
+    assert traced == [1]
+
+
+def test_timing_shares_the_data_streams_where_training_does_and_an_error_there_loses_nothing(tmp_path, monkeypatch):
+    from perturbjax.training import cost
+
+    flags = ["--methods", "ce, la", "--seeds", "1", "--stream", "True", *QUICK, "--out", str(tmp_path)]
+    given, original = [], compare.TimedStep
+
+    class Watched(original):
+        def __init__(self, *args, batch=None, **options):
+            given.append(batch)
+            super().__init__(*args, batch=batch, **options)
+
+    def failing(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cost, "device_data", failing)  # nobody puts all images on the device
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory"):
+        broken.setattr(compare, "cost_ratios", failing)
+        compare.main(flags)
+    before = results(tmp_path)
+    assert [entry["cost_ratio"] for entry in before["methods"].values()] == [None, None]
+    monkeypatch.setattr(compare, "TimedStep", Watched)
+    monkeypatch.setattr(compare, "fit_many", failing)  # nothing is trained again
+    compare.main(flags)
+    after = results(tmp_path)
+    assert given[-1] is given[-2] and given[-1][0].images is None and given[-1][1].images.shape[:2] == (1, 32)
+    for typed, entry in after["methods"].items():
+        assert entry["cost_ratio"] > 0 and entry["accuracy"] == before["methods"][typed]["accuracy"]
+    assert after["peak_memory_bytes"] > 0 and "peak_memory_bytes" not in entry
+
+
+def test_states_of_finished_runs_are_not_kept_on_the_device(tmp_path, monkeypatch):
+    kept, original = [], compare.train_all
+    monkeypatch.setattr(compare, "train_all", lambda *args: (kept.append(original(*args)), kept[-1])[1])
+    for vmapped in ("False", "True"):
+        flags = ["--methods", "ce, la", "--seeds", "2", "--cost-rounds", "0", "--vmapped", vmapped, *QUICK]
+        compare.main([*flags, "--out", str(tmp_path / vmapped)])
+        histories = [history for found in kept[-1][0].values() for history in found]
+        assert len(histories) == 4 and all(history.state is None and len(history.logits) for history in histories)
+
+
+def test_steps_that_change_nothing_are_told(tmp_path, capsys):
+    """344 samples are 10 batches of 32 an epoch: of 20 steps the last two don't fill a group of three."""
+    train.main(["--accumulate", "3", *QUICK, "--out", str(tmp_path)])
+    assert "note: The last 2 of 20 steps change nothing: --accumulate 3 makes one update of every 3." in capsys.readouterr().out
+    assert results(tmp_path)["data"]["notes"] == []
 
 
 def test_data_that_is_missing_or_damaged_is_said(tmp_path):
@@ -244,6 +339,11 @@ def test_an_error_is_one_line_and_exit_code_two(tmp_path):
     command = [sys.executable, "experiments/train.py", "--method", "lppl", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_train_needs_a_seed_from_0_on(tmp_path):
+    with pytest.raises(ValueError, match="--seed needs seed >= 0, got -1. Write --seed 0"):
+        train.main(["--seed", "-1", "--out", str(tmp_path)])
 
 
 def test_a_folder_that_cannot_be_written_is_found_first(tmp_path):

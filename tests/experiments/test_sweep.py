@@ -25,6 +25,8 @@ def test_settings_vary_one_at_a_time_or_all_together():
         "lpg(bound=0.3, split=frequency, tau=median)",
     ]
     crossed, _ = expanded(method="la+lpl", over="lpl.bound=0.1, 0.2; la.tau=1, 2", cross=True)
+    assert expanded(method="la+lpl", over="bound=0.1, 0.2")[1] == ["bound"]
+    assert expanded(method="lpa+lpl", over="lpl.bound=1, 2; lpa.bound=1, 2")[1] == ["lpl.bound", "lpa.bound"]
     assert crossed == [f"la(tau={tau})+lpl(bound={bound})" for bound in (0.1, 0.2) for tau in (1, 2)]
 
 
@@ -41,6 +43,11 @@ def test_settings_vary_one_at_a_time_or_all_together():
 def test_bad_input(settings, message):
     with pytest.raises(ValueError, match=message):
         expanded(**settings)
+
+
+def test_a_sweep_needs_a_seed(tmp_path):
+    with pytest.raises(ValueError, match="--seeds needs seeds >= 1, got 0. Write --seeds 1"):
+        sweep.main(["--seeds", "0", "--out", str(tmp_path)])
 
 
 def test_a_sweep_over_numbers_compiles_once_and_gives_compares_numbers(tmp_path, capsys):
@@ -60,3 +67,14 @@ def test_a_sweep_over_numbers_compiles_once_and_gives_compares_numbers(tmp_path,
     again = json.loads((tmp_path / "a" / "results.json").read_text())["methods"]  # one value more, in the same folder
     assert list(again) == ["ce", "lpl(split=frequency, bound=0.5)", "lpl(split=frequency, bound=1)"]
     assert again["ce"] == found["ce"]
+
+
+def test_words_make_no_figure_and_settings_of_one_name_one_each(tmp_path, capsys):
+    """Everything that was trained is written and shown."""
+    over = "lpl.bound=0.1, 0.2; lpa.bound=0.1, 0.3; lpl.split=accuracy, frequency"
+    sweep.main(["--method", "lpl+lpa", "--over", over, *QUICK, "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "table.md, lpl.bound.svg, lpa.bound.svg to" in said and "lpl(split=frequency)" in said.replace("\n", "")
+    assert sorted(file.name for file in tmp_path.glob("*.svg")) == ["lpa.bound.svg", "lpl.bound.svg"]
+    lpl, lpa = ((tmp_path / f"{name}.bound.svg").read_text() for name in ("lpl", "lpa"))
+    assert ">lpl.bound<" in lpl and ">lpa.bound<" in lpa and lpl != lpa

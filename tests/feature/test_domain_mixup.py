@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import perturbjax as pj
+from tests.loss.problem import MODEL
 
 C = 3
-MODEL = pj.line(lambda w, x: x @ w)
 
 
 def seeing():

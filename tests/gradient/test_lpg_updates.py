@@ -105,11 +105,11 @@ def test_logits_and_targets_of_a_plain_cross_entropy_are_read_off_h(float64):
 def test_place_is_asked_for_where_it_is_needed_only():
     for settings in (dict(direction=SIGN), dict(split="frequency")):
         by_optax(settings, steps=1, place=())
-    with pytest.raises(ValueError, match=r"lpg_updates needs `epoch`, got none. Call tx.update\(h, state, params, ..., epoch="):
+    with pytest.raises(ValueError, match="lpg_updates needs 'epoch', got none. Pass epoch=i // steps_per_epoch"):
         by_optax(dict(), steps=1, place=("step",))
-    with pytest.raises(ValueError, match="lpg_updates needs `step`, got none"):
+    with pytest.raises(ValueError, match="lpg_updates needs 'step', got none"):
         by_optax(dict(direction=SIGN, bound=lambda step: 0.1), steps=1, place=("epoch",))
-    with pytest.raises(ValueError, match="lpg_updates needs `progress`, got none.* progress=step / total_steps"):
+    with pytest.raises(ValueError, match="lpg_updates needs 'progress', got none. Pass progress=i / steps"):
         by_optax(dict(direction=SIGN, bound=pj.linear(first=0.1, last=0)), steps=1)
 
 

@@ -8,33 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import perturbjax as pj
-
-C = 4
-MODEL = pj.line(lambda w, x: x @ w)
+from tests.loss.problem import MODEL, C, cross_entropy, difference, linear, log_softmax, run
 
 
 @pytest.fixture
 def problem():
-    """Weights, inputs and labels in float64."""
-    rng = np.random.default_rng(0)
-    with jax.enable_x64(True):
-        yield rng.normal(size=(5, C)), rng.normal(size=(7, 5)), rng.integers(0, C, 7).astype(np.int32)
-
-
-def log_softmax(u):
-    return u - np.log(np.exp(u).sum(1, keepdims=True))
+    with linear() as found:
+        yield found
 
 
 def moved(targets, u, weight, kind):
     """y + λ(y′ − y) (taxonomy eqs. 37–38)."""
     own = np.exp(log_softmax(u)) if kind == "soft" else np.eye(C)[u.argmax(1)]
     return (1 - weight) * targets + weight * own
-
-
-def run(w, x, y, links, **fields):
-    made = pj.objective(MODEL, links, num_classes=C)
-    (_, out), grad = jax.value_and_grad(made, has_aux=True)(w, made.init(w, x), pj.batch(x, jnp.asarray(y), **fields))
-    return out, grad
 
 
 @pytest.mark.parametrize(
@@ -44,7 +30,7 @@ def test_losses_are_those_of_the_moved_targets(problem, kind, weight, used):
     w, x, y = problem
     out, _ = run(w, x, y, pj.bootstrapping(kind=kind, weight=weight))
     targets = moved(np.eye(C)[y], x @ w, used, kind)
-    np.testing.assert_allclose(out.losses, -(targets * log_softmax(x @ w)).sum(1), rtol=1e-9)
+    np.testing.assert_allclose(out.losses, cross_entropy(x @ w, targets), rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
@@ -52,12 +38,10 @@ def test_gradient_is_the_finite_difference_with_the_targets_held(problem, kind):
     w, x, y = problem
     _, grad = run(w, x, y, pj.bootstrapping(kind=kind, weight=0.3))
     held = moved(np.eye(C)[y], x @ w, 0.3, kind)
-    steps = 1e-6 * np.eye(w.size).reshape(-1, *w.shape)
-    difference = lambda loss: np.array([(loss(w + e) - loss(w - e)) / 2e-6 for e in steps]).reshape(w.shape)
-    np.testing.assert_allclose(grad, difference(lambda w: -(held * log_softmax(x @ w)).sum(1).mean()), atol=1e-9)
+    np.testing.assert_allclose(grad, difference(lambda w: cross_entropy(x @ w, held).mean(), w), atol=1e-9)
     if kind == "soft":  # letting the gradient into the target is another method
-        through = lambda w: -(moved(np.eye(C)[y], x @ w, 0.3, kind) * log_softmax(x @ w)).sum(1).mean()
-        assert np.abs(grad - difference(through)).max() > 1e-3
+        through = lambda w: cross_entropy(x @ w, moved(np.eye(C)[y], x @ w, 0.3, kind)).mean()
+        assert np.abs(grad - difference(through, w)).max() > 1e-3
 
 
 logits = st.lists(st.lists(st.floats(-30, 30, width=32), min_size=C, max_size=C), min_size=3, max_size=3)
@@ -87,19 +71,16 @@ def test_mixed_targets_are_moved_as_they_are(problem):
     w, x, y = problem
     targets = 0.6 * np.eye(C)[y] + 0.4 * np.eye(C)[y[::-1]]
     out, _ = run(w, x, y, pj.bootstrapping(weight=0.3), targets=jnp.asarray(targets))
-    np.testing.assert_allclose(out.losses, -(moved(targets, x @ w, 0.3, "soft") * log_softmax(x @ w)).sum(1), rtol=1e-9)
+    np.testing.assert_allclose(out.losses, cross_entropy(x @ w, moved(targets, x @ w, 0.3, "soft")), rtol=1e-9)
 
 
 def test_the_prediction_is_that_of_the_perturbed_logits(problem):
     """After LA the own prediction is the adjusted one: what the loss sees."""
     w, x, y = problem
     counts = np.array([50, 20, 10, 5])
-    made = pj.objective(
-        MODEL, pj.chain(pj.logit_adjustment(), pj.bootstrapping(weight=0.3)), num_classes=C, class_counts=counts
-    )
-    _, out = made(w, made.init(w, x), pj.batch(x, jnp.asarray(y)))
+    out, _ = run(w, x, y, pj.chain(pj.logit_adjustment(), pj.bootstrapping(weight=0.3)), settings=dict(class_counts=counts))
     u = x @ w + np.log(counts / counts.sum())
-    np.testing.assert_allclose(out.losses, -(moved(np.eye(C)[y], u, 0.3, "soft") * log_softmax(u)).sum(1), rtol=1e-9)
+    np.testing.assert_allclose(out.losses, cross_entropy(u, moved(np.eye(C)[y], u, 0.3, "soft")), rtol=1e-9)
 
 
 def test_errors_say_what_was_given():
@@ -127,7 +108,7 @@ def test_previous_predictions_are_those_of_the_samples_last_visit(problem, kind)
             w, states, pj.batch(x, jnp.asarray(y), index=jnp.asarray(index))
         )
         states = out.states
-        np.testing.assert_allclose(out.losses, -(targets * log_softmax(u)).sum(1), rtol=1e-9)
+        np.testing.assert_allclose(out.losses, cross_entropy(u, targets), rtol=1e-9)
         np.testing.assert_allclose(grad, x.T @ (np.exp(log_softmax(u)) - targets) / 7, atol=1e-10)
         w = w - 0.1 * np.asarray(grad)
 

@@ -52,10 +52,10 @@ def test_equal_samples_are_no_error():
     assert np.isfinite(pj.local_dimension(jnp.zeros([8, 3]))).all()
 
 
-def states_after(lids, *, warm_up=2, window=3, tolerance=2.0, epochs=20):
-    state = pj.d2l(warm_up=warm_up, window=window).init(pj.Context(C))
+def states_after(lids, *, warm_up_epochs=2, window=3, tolerance=2.0, epochs=20):
+    state = pj.d2l(warm_up_epochs=warm_up_epochs, window=window).init(pj.Context(C))
     for e, lid in enumerate(lids):
-        state = turning(state, jnp.float32(lid), (e + 1) / epochs, warm_up=warm_up, tolerance=tolerance)
+        state = turning(state, jnp.float32(lid), (e + 1) / epochs, warm_up_epochs=warm_up_epochs, tolerance=tolerance)
         yield state
 
 
@@ -64,7 +64,7 @@ def test_turning_point_and_label_share_in_numpy():
     turned = False
     for e, state in enumerate(states_after(lids)):
         before = np.array(lids[max(e - 3, 0) : e])
-        if e >= 5 and lids[e] > before.mean() + 2 * before.std():  # warm_up + window epochs are over
+        if e >= 5 and lids[e] > before.mean() + 2 * before.std():  # warm_up_epochs + window epochs are over
             turned = True
         alpha = np.exp(-(e + 1) / 20 * lids[e] / min(lids[: e + 1])) if turned else 1
         assert bool(state.turned) == turned
@@ -80,7 +80,7 @@ def test_it_never_turns_before_the_warm_up_or_without_end_of_tolerance():
 
 def test_training_passes_through_the_turning_point():
     """Features that spread into more dimensions as the epochs go: plain until it turns, then towards the own predictions."""
-    rng, link = np.random.default_rng(0), pj.d2l(num_neighbours=5, warm_up=1, window=2)
+    rng, link = np.random.default_rng(0), pj.d2l(num_neighbours=5, warm_up_epochs=1, window=2)
     made = pj.objective(MODEL, link, num_classes=C)
     w = jnp.asarray(rng.normal(size=(8, C)), jnp.float32)
     states, step = made.init(w, jnp.zeros([16, 8])), jax.jit(made)

@@ -58,7 +58,7 @@ def test_with_the_right_matrix_noisy_labels_have_the_same_minimiser():
 
 def test_estimate_is_the_prediction_at_the_surest_samples_of_the_last_plain_epoch():
     """Two batches an epoch, plain until 0.4 of five epochs: T from epoch 1, whole, in use from epoch 2 on and never changed."""
-    link, states, w = pj.forward_correction(warm_up=0.4), None, weights()
+    link, states, w = pj.forward_correction(start=0.4), None, weights()
     data = list(batches(10))
     for step, (x, y, _) in enumerate(data):
         out, grad = run(w, x, y, link, states=states, step=dict(epoch=step // 2, progress=step / 10))
@@ -74,14 +74,14 @@ def test_estimate_is_the_prediction_at_the_surest_samples_of_the_last_plain_epoc
 
 
 def test_an_epoch_that_the_warm_up_ends_in_does_not_count():
-    link, states, w = pj.forward_correction(warm_up=0.5), None, weights()
+    link, states, w = pj.forward_correction(start=0.5), None, weights()
     data = list(batches(6))
     for step, (x, y, _) in enumerate(data):  # epochs 0 and 1 of three batches; plain for three steps and no more
         out, _ = run(w, x, y, link, states=states, step=dict(epoch=step // 3, progress=step / 6 + (step == 3) * 0.01))
         states = out.states
     p = softmax(np.concatenate([x for x, _, _ in data[:3]]) @ w)
     np.testing.assert_allclose(states[0].transition, p[p.argmax(0)], rtol=1e-6)
-    early = pj.forward_correction(warm_up=0.1)  # over before the first epoch is: the identity
+    early = pj.forward_correction(start=0.1)  # over before the first epoch is: the identity
     states = None
     for step, (x, y, _) in enumerate(data):
         out, _ = run(w, x, y, early, states=states, step=dict(epoch=step // 3, progress=step / 6))

@@ -8,17 +8,15 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import perturbjax as pj
+from tests.loss.problem import MODEL, C, linear
 
-C, B = 4, 12
-MODEL = pj.line(lambda w, x: x @ w)
+B = 12
 
 
 @pytest.fixture
 def problem():
-    """Weights, inputs and labels in float64."""
-    rng = np.random.default_rng(0)
-    with jax.enable_x64(True):
-        yield 2 * rng.normal(size=(5, C)), rng.normal(size=(B, 5)), rng.integers(0, C, B).astype(np.int32)
+    with linear(size=B) as (w, x, y):
+        yield 2 * w, x, y
 
 
 def cross_entropy(u, y):

@@ -1,4 +1,4 @@
-"""A linear problem in float64, and what the tests of the losses compute beside it."""
+"""A linear problem in float64, and what tests of losses, labels and logits compute beside it."""
 
 import contextlib
 
@@ -22,11 +22,12 @@ DEEP = pj.line(
 
 
 @contextlib.contextmanager
-def linear():
+def linear(num_classes=C, size=B):
     """Weights, inputs and labels in float64."""
     rng = np.random.default_rng(0)
     with enable_x64(True):
-        yield rng.normal(size=(D, C)), rng.normal(size=(B, D)), rng.integers(0, C, B).astype(np.int32)
+        w, x = rng.normal(size=(D, num_classes)), rng.normal(size=(size, D))
+        yield w, x, rng.integers(0, num_classes, size).astype(np.int32)
 
 
 @contextlib.contextmanager

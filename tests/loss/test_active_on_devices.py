@@ -25,7 +25,7 @@ START = {"a": jnp.asarray(RNG.normal(size=(D, 6)), jnp.float32), "b": jnp.asarra
 METHODS = {
     "ols": (lambda: pj.online_label_smoothing(), 2),
     "dsl": (lambda: pj.dsl(num_samples=8, num_prototypes=2, start=0.5), 3),
-    "forward(estimated)": (lambda: pj.forward_correction(transition="estimated", warm_up=0.5), 3),
+    "forward(estimated)": (lambda: pj.forward_correction(transition="estimated", start=0.5), 3),
     "dlb": (lambda: pj.dlb(), 1),
     "bootstrapping(previous)": (lambda: pj.bootstrapping(weight=0.5, previous=True), 2),
     "bootstrapping(hard, previous)": (lambda: pj.bootstrapping(kind="hard", weight=0.9, previous=True), 2),

@@ -10,6 +10,7 @@ from perturbjax.loss.dac import DACState
 from tests.loss.problem import B, C, D, difference, enable_x64, run
 
 MODEL = pj.line({"outputs": lambda w, x: x @ w, "logits": lambda w, out: out[:, :C]})
+FIRST = dict(progress=0.0)  # the first step
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def state(threshold, seen=True):
 
 def test_first_it_is_cross_entropy_over_all_outputs(problem):
     w, x, y = problem
-    out, grad = run(w, x, y, pj.dac(warmup=0.3), model=MODEL, options=dict(progress=0.29))
+    out, grad = run(w, x, y, pj.dac(start=0.3), model=MODEL, options=dict(progress=0.29))
     loss = lambda w: -(np.eye(C + 1)[y] * (x @ w - np.log(np.exp(x @ w).sum(1, keepdims=True)))).sum(1)
     np.testing.assert_allclose(out.losses, loss(w), rtol=1e-10)
     np.testing.assert_allclose(grad, difference(lambda w: loss(w).mean(), w), atol=1e-9)
@@ -43,7 +44,7 @@ def test_first_it_is_cross_entropy_over_all_outputs(problem):
 @pytest.mark.parametrize("progress", [0.3, 0.5, 1.0])
 def test_later_abstention_has_its_price_with_alpha_on_its_line(problem, progress):
     w, x, y = problem
-    links = pj.dac(warmup=0.3, weight=2.0, factor=32.0)
+    links = pj.dac(start=0.3, weight=2.0, factor=32.0)
     out, grad = run(w, x, y, links, model=MODEL, states=state(1.6), options=dict(progress=progress))
     alpha = 1.6 / 32 + (2.0 - 1.6 / 32) * (progress - 0.3) / 0.7
 
@@ -59,10 +60,11 @@ def test_later_abstention_has_its_price_with_alpha_on_its_line(problem, progress
 
 def test_the_threshold_is_a_running_mean_of_the_first_part(problem):
     w, x, y = problem
-    links, now = pj.dac(warmup=0.5, decay=0.9), None
+    links, now = pj.dac(start=0.5, decay=0.9), None
     ce, p0 = parts(x @ w, y)
     for step in range(3):
-        out, _ = run((1 + 0.1 * step) * w, x, y, links, model=MODEL, states=None if now is None else state(now))
+        states = None if now is None else state(now)
+        out, _ = run((1 + 0.1 * step) * w, x, y, links, model=MODEL, states=states, options=FIRST)
         ce, p0 = parts((1 + 0.1 * step) * x @ w, y)
         batch = ((1 - p0) * ce).mean()
         now = batch if now is None else 0.9 * now + 0.1 * batch
@@ -71,7 +73,7 @@ def test_the_threshold_is_a_running_mean_of_the_first_part(problem):
 
 def test_without_a_first_part_the_first_batch_sets_the_threshold(problem):
     w, x, y = problem
-    out, _ = run(w, x, y, pj.dac(warmup=0.0), model=MODEL)
+    out, _ = run(w, x, y, pj.dac(start=0.0), model=MODEL, options=FIRST)
     ce, p0 = parts(x @ w, y)
     np.testing.assert_allclose(out.metrics["dac/alpha"], ((1 - p0) * ce).mean() / 64, rtol=1e-5)
 
@@ -81,19 +83,18 @@ def test_a_low_price_makes_it_abstain_a_high_one_not(problem):
     w, x, y = problem
     u = x @ w
     ce, p0 = parts(u, y)
-    slope = lambda alpha: run(u, np.eye(B), y, pj.dac(warmup=0.0, factor=1.0, weight=alpha), model=MODEL, states=state(alpha))[
-        1
-    ][:, -1]
+    links = lambda alpha: pj.dac(start=0.0, factor=1.0, weight=alpha)
+    slope = lambda alpha: run(u, np.eye(B), y, links(alpha), model=MODEL, states=state(alpha), options=FIRST)[1][:, -1]
     assert (slope(0.0) < 0).all() and (slope(100.0) > 0).all()
     alpha = float(np.median((1 - p0) * ce))
     np.testing.assert_array_equal(slope(alpha) < -1e-9, (1 - p0) * ce > alpha + 1e-6)
 
 
 def test_numbers_stay_finite_where_it_is_sure_to_abstain():
-    made = pj.objective(MODEL, pj.dac(warmup=0.0), num_classes=C)
+    made = pj.objective(MODEL, pj.dac(start=0.0), num_classes=C)
     u = jnp.array([[0.0] * C + [1e4], [0.0] * C + [-1e4]])
     (loss, out), grad = jax.value_and_grad(made, has_aux=True)(
-        u, made.init(u, jnp.eye(2)), pj.batch(jnp.eye(2), jnp.zeros(2, int))
+        u, made.init(u, jnp.eye(2)), pj.batch(jnp.eye(2), jnp.zeros(2, int)), **FIRST
     )
     assert np.isfinite(loss) and np.isfinite(grad).all()
     assert out.metrics["dac/abstained"] == 0.5
@@ -102,8 +103,8 @@ def test_numbers_stay_finite_where_it_is_sure_to_abstain():
 def test_other_links_and_predictions_go_by_the_real_classes(problem):
     w, x, y = problem
     counts = np.array([9, 4, 2, 1])
-    links = pj.chain(pj.logit_adjustment(), pj.dac(warmup=0.3))
-    out, _ = run(w, x, y, links, model=MODEL, settings=dict(class_counts=counts))
+    links = pj.chain(pj.logit_adjustment(), pj.dac(start=0.3))
+    out, _ = run(w, x, y, links, model=MODEL, settings=dict(class_counts=counts), options=FIRST)
     assert out.logits.shape == (B, C)
     u = x @ w + np.append(np.log(counts / 16), 0)
     np.testing.assert_allclose(

@@ -26,6 +26,14 @@ def kl(z, u):
     return (softmax(z) * (log_softmax(z) - log_softmax(u))).sum(1)
 
 
+def test_the_divergence_is_zero_for_the_same_logits_and_its_teacher_is_a_constant(problem):
+    w, x, _ = problem
+    u, z = jnp.asarray(x @ w), jnp.asarray(x @ T)
+    np.testing.assert_allclose(pj.distillation_losses(u, u, temperature=2.0), 0, atol=1e-12)
+    np.testing.assert_allclose(pj.distillation_losses(u, z, temperature=2.0), kl(x @ T / 2, x @ w / 2), rtol=1e-9)
+    np.testing.assert_array_equal(jax.grad(lambda z: pj.distillation_losses(u, z).sum())(z), 0)
+
+
 @pytest.mark.parametrize("weight, temperature", [(0.5, 4.0), (0.2, 1.0), (1.0, 2.5)])
 def test_the_mixture_and_its_gradient_are_the_equation_and_its_finite_difference(problem, weight, temperature):
     w, x, y = problem

@@ -268,6 +268,17 @@ def test_the_flags_reach_the_model():
             shared.branch_options(shared.Settings(model=wrong, stochastic_depth=0.5))
 
 
+def test_the_shortcut_flag_reaches_the_model():
+    for shortcut, kept in (("A", None), ("B", "B")):  # folders of versions without the flag have option A
+        settings = shared.Settings(data="digits", view="none", model="resnet8", shortcut=shortcut)
+        dataset = shared.load_view(settings, 0)
+        assert shared.make_recipe(settings, dataset, lambda numbers: ()).model.shortcut == shortcut
+        assert shared.identity(settings, dataset).get("shortcut") == kept
+    for wrong in ("la_net", "se_resnet20", "resnet50"):
+        with pytest.raises(ValueError, match=f"--shortcut B needs --model resnet8 to resnet110, got {wrong}. Leave it out"):
+            shared.branch_options(shared.Settings(model=wrong, shortcut="B"))
+
+
 def test_errors_say_what_was_given():
     with pytest.raises(ValueError, match="ResNet needs 0 <= stochastic_depth <= 1, got 1.5"):
         create("resnet20", stochastic_depth=1.5, **SHARED)

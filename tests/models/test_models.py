@@ -18,9 +18,10 @@ from perturbjax.models.resnet import subsampled
 
 IMAGES = jnp.asarray(np.random.default_rng(0).random((4, 8, 8, 3)), jnp.float32)
 SHARED = dict(num_classes=5, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3))
+RGB = dict(num_classes=10, mean=(0.5,) * 3, std=(0.2,) * 3)
 LITERATURE = {  # million parameters: He et al. table 6, Zagoruyko and Komodakis table 4
     **{"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7},
-    **{"wrn16-8": 11.0, "wrn28-10": 36.5},
+    **{"wrn16-8": 11.0, "wrn28-10": 36.5, "la_net": 0.30},
 }
 
 
@@ -71,6 +72,30 @@ def test_option_a_takes_every_second_pixel_and_zero_channels():
     np.testing.assert_array_equal(subsampled(x, 2, 1), x)
     kinds = {path.split("/")[-2] for path in paths(shapes(ResNet(depth=8, **SHARED))["params"])}
     assert kinds == {"conv", "norm", "conv1", "norm1", "conv2", "norm2", "logits"}  # nothing belongs to a shortcut
+
+
+def test_option_b_has_a_convolution_and_a_norm_where_the_shape_changes():
+    made = {s: shapes(create("resnet32", shortcut=s, **RGB), jnp.ones([1, 32, 32, 3]))["params"] for s in "AB"}
+    more = {path for path in paths(made["B"]) if path not in paths(made["A"])}
+    assert {path.rsplit("/", 2)[0] for path in more} == {"stage2/block0", "stage3/block0"}
+    count = lambda params: sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count(made["B"]) - count(made["A"]) == 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
+    assert f"{count(made['B']):,}".replace(",", " ") in models.__doc__
+
+
+def test_option_b_is_option_a_with_that_convolution_s_kernel():
+    """Its kernel puts every channel between the zero channels of option A; running statistics that change nothing."""
+    plain, other = (ResNet(depth=8, width=2, shortcut=s, **SHARED) for s in "AB")
+    of_a = filled(plain)
+    params, stats = (jax.tree.map(jnp.copy, of_a[name]) for name in ("params", "batch_stats"))
+    for stage, width in (("stage2", 2), ("stage3", 4)):
+        kernel = jnp.pad(jnp.eye(width), [(0, 0), (width // 2, width // 2)])[None, None]
+        params[stage]["block0"] |= {
+            "shortcut": {"kernel": kernel}, "shortcut_norm": {"scale": jnp.ones(2 * width), "bias": jnp.zeros(2 * width)}
+        }  # fmt: skip
+        stats[stage]["block0"]["shortcut_norm"] = {"mean": jnp.zeros(2 * width), "var": jnp.ones(2 * width) - 1e-5}
+    ours, theirs = other.apply({"params": params, "batch_stats": stats}, IMAGES), plain.apply(of_a, IMAGES)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def test_strided_convolutions_look_at_the_pixels_of_the_shortcut():
@@ -193,6 +218,7 @@ ERRORS = {
     "name": (lambda: create("resnet33", **SHARED), r"'mlp', 'cnn'.*got 'resnet33'. Write create\('resnet32'"),
     "head": (lambda: create("cnn", head="cosin", **SHARED), "got 'cosin'"),
     "conv": (lambda: create("cnn", conv="fast", **SHARED), "'canonical', 'lax'.*got 'fast'"),
+    "shortcut": (lambda: ResNet(shortcut="C", **SHARED), 'shortcut="A" or shortcut="B", got \'C\'. Write shortcut="A"'),
     "depth": (lambda: ResNet(depth=18, **SHARED), "depth = 6n [+] 2, got 18. Write depth=20"),
     "wide depth": (lambda: WideResNet(depth=3, **SHARED), "depth = 6n [+] 4, got 3. Write depth=10"),
     "mean and std": (lambda: create("cnn", num_classes=5, mean=(0.5, 0.4), std=(0.2,)), r"mean=\(0.5, 0.4\) and std=\(0.2,\)"),
@@ -229,8 +255,9 @@ def test_one_more_output_is_for_abstention_and_changes_nothing_else(name, head):
 def test_an_abstaining_classifier_trains_on_a_model_of_ours():
     model = create("mlp", width=4, abstain=True, **SHARED)
     params = model.init(jax.random.key(0), IMAGES)["params"]
-    made = pj.objective(model, pj.dac(warmup=0.0), num_classes=5)
-    grads = jax.grad(made, has_aux=True)(params, made.init(params, IMAGES), pj.batch(IMAGES, jnp.arange(4)))[0]
+    made = pj.objective(model, pj.dac(start=0.0), num_classes=5)
+    states, data = made.init(params, IMAGES), pj.batch(IMAGES, jnp.arange(4))
+    grads, _ = jax.grad(made, has_aux=True)(params, states, data, progress=0.0)
     assert float(jnp.abs(grads["abstention"]["kernel"]).max()) > 0
     with pytest.raises(ValueError, match="dac needs 'outputs', got none. Give the model one more output: create.*--abstain"):
         pj.objective(create("mlp", **SHARED), pj.dac(), num_classes=5)

@@ -10,7 +10,8 @@ import pytest
 
 from perturbjax.models import create
 from perturbjax.models.describe import describe, from_description
-from perturbjax.models.resnet import ResNet, SEResNet, ShakeResNet, WideResNet
+from perturbjax.models.resnet import LANet, ResNet, SEResNet, ShakeResNet, WideResNet
+from tests.models.by_hand import conv, norm, relu
 
 IMAGES = jnp.asarray(np.random.default_rng(0).random((3, 8, 8, 3)), jnp.float32)
 SHARED = dict(num_classes=5, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3))
@@ -28,17 +29,6 @@ def variables():
 def by_hand(variables, images):
     """The logits in evaluation mode, in float64 and without JAX."""
     params, stats = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (variables["params"], variables["batch_stats"]))
-    relu = lambda x: np.maximum(x, 0)
-
-    def conv(x, kernel, stride=1):
-        edge = kernel.shape[0] // 2
-        padded = np.pad(x, [(0, 0), (edge, edge), (edge, edge), (0, 0)])
-        rows = range(0, x.shape[1], stride)
-        patch = lambda i, j: padded[:, i : i + kernel.shape[0], j : j + kernel.shape[1]]
-        return np.stack([np.stack([np.einsum("bhwi,hwio->bo", patch(i, j), kernel) for j in rows], 1) for i in rows], 1)
-
-    def norm(x, p, s):
-        return (x - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"]
 
     def block(x, p, s, stride):
         y = relu(norm(conv(x, p["conv1"]["kernel"], stride), p["norm1"], s["norm1"]))
@@ -92,14 +82,15 @@ def test_slice_after_slice_is_the_whole_pass(variables, train):
     jax.tree.map(np.testing.assert_array_equal, (value, between["batch_stats"]), (whole[0], whole[1]["batch_stats"]))
 
 
-@pytest.mark.parametrize("kind", [ResNet, WideResNet, ShakeResNet, SEResNet])
+@pytest.mark.parametrize("kind", [ResNet, WideResNet, ShakeResNet, SEResNet, LANet])
 def test_remat_recomputes_every_block_once(kind):
     sizes = dict(width=2, **SHARED) | (dict(depth=10, widen=1) if kind is WideResNet else dict(depth=8))
     plain, remat = (kind(remat=remat, **sizes) for remat in (False, True))
     made = [jax.eval_shape(model.init, jax.random.key(0), IMAGES) for model in (plain, remat)]
     assert made[0] == made[1]
     text = str(jax.make_jaxpr(remat.apply)(made[0], IMAGES))
-    assert text.count("remat") + text.count("checkpoint") == 3 + (kind in (ResNet, SEResNet))  # the blocks; a stem with a norm
+    stem = kind in (ResNet, SEResNet, LANet)  # with a norm
+    assert text.count("remat") + text.count("checkpoint") == 3 + stem
 
 
 def test_it_comes_back_from_its_description_and_bad_fields_are_named():

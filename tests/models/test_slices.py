@@ -16,6 +16,7 @@ MODELS = {
     "cnn": CNN(width=2, **SHARED),
     "cnn bfloat16 cosine": CNN(width=2, dtype=jnp.bfloat16, head="cosine", num_stages=1, **SHARED),
     "resnet8": ResNet(depth=8, width=2, **SHARED),
+    "resnet8 option B": ResNet(depth=8, width=2, shortcut="B", **SHARED),
     "wrn10-2": WideResNet(depth=10, width=2, widen=2, dropout=0.3, **SHARED),
 }
 RNGS = {"dropout": jax.random.key(1, impl="unsafe_rbg")}  # compiles faster than threefry

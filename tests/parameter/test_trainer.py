@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import perturbjax as pj
-from perturbjax.training import Devices, Run, fit, fit_many
+from perturbjax.training import Devices, Options, Run, fit, fit_many
 from perturbjax.training.step import as_arrays, compiled_step, device_data, init_state, update_arguments
 from tests.training.problem import NUMBERS, dataset, recipe
 
@@ -113,7 +113,7 @@ def test_vmapped_seeds_are_single_seeds_and_count_the_same():
 def test_several_steps_in_one_call_are_the_single_steps():
     """A scan around the branch."""
     r = recipe(hold(lambda: pj.rts(radius=pj.cosine(first=0.5), timing=pj.every(2))))
-    single, scanned = (fit(r, dataset(), NUMBERS, 0, steps_per_call=k) for k in (1, 3))
+    single, scanned = (fit(r, dataset(), NUMBERS, 0, options=Options(steps_per_call=k)) for k in (1, 3))
     np.testing.assert_allclose(scanned.logits, single.logits, rtol=1e-4, atol=1e-5)
     assert scanned.gradient_evaluations == single.gradient_evaluations == 1.5
 

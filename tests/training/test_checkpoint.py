@@ -73,6 +73,15 @@ def test_an_empty_folder_has_none(tmp_path):
         load_variables(tmp_path / "nowhere")
 
 
+def test_a_comparison_s_folder_says_where_its_runs_are(tmp_path):
+    for seed in (1, 0):
+        (tmp_path / "runs" / "ce-1a2b" / f"seed-{seed}" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="Give it '.*ce-1a2b.seed-0' or another run below"):
+        load_variables(tmp_path)
+    with pytest.raises(FileNotFoundError, match="Give it train.py's --out, compare.py's OUT/runs/METHOD-xxxx/seed-0"):
+        load_variables(tmp_path / "runs")
+
+
 def biggest(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import perturbjax as pj
-from perturbjax.data import apply_views, thin
+from perturbjax.data import apply_views, check, thin
 from perturbjax.training import Devices, Options, Run, fit, fit_many
 from perturbjax.training.devices import from_host, to_host
 from tests.training.problem import NUMBERS, dataset, recipe
@@ -90,6 +90,21 @@ def test_runs_side_by_side_are_the_runs_one_by_one(options):
         together = fit_many(fitting, runs, options=options)
         for run, found in zip(runs, together, strict=True):
             assert_same(found, fit(fitting, run.dataset, run.numbers, run.seed), rtol=1e-3, atol=1e-4)
+
+
+def test_seeds_on_the_same_data_share_its_arrays_and_others_count_as_often_as_they_are_there(monkeypatch):
+    """What `load` gives for one view lies on the device once; drawn subsets lie there once each."""
+    from perturbjax.data import load
+    from perturbjax.training import feed
+
+    whole = load("digits")
+    again = [check(dataclasses.replace(d)) for d in (whole, whole)]
+    drawn = [apply_views(whole, [thin(20)], s) for s in range(2)]
+    assert feed.same_arrays(again) and not feed.same_arrays(drawn)
+    size = drawn[0].train_images.nbytes
+    monkeypatch.setattr(feed, "HOST_LIMIT", 1.5 * size)
+    assert not feed.streams(drawn[0], None) and feed.streams(drawn[0], None, copies=2)
+    assert not feed.streams(drawn[0], False, copies=2)
 
 
 def test_runs_on_sets_of_different_sizes_are_refused():

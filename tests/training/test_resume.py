@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 import perturbjax as pj
 from perturbjax.training import Devices, History, Interrupted, Options, Run, RunFolder, fit, fit_many, load_variables
 from perturbjax.training.feed import Feed, ahead
+from perturbjax.training.loop import peak_memory
 from tests.training.problem import NUMBERS, dataset, plain, recipe
 
 pytestmark = pytest.mark.optax_promotes  # schedules
@@ -126,6 +128,42 @@ def test_a_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path, number):
     assert (tmp_path / "metrics.jsonl").read_text() == undisturbed[1]
 
 
+@pytest.mark.parametrize("where", ["_end_epoch", "_histories"])
+def test_a_signal_after_the_last_step_stops_what_comes_next(undisturbed, tmp_path, monkeypatch, where):
+    """During the last evaluation, or while the histories are made: everything is saved, and the caller hears of it."""
+    from perturbjax.training.loop import _Training
+
+    original = getattr(_Training, where)
+
+    def stopped(self, state):
+        if self.progress.step == R.total_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, state)
+
+    with RunFolder(tmp_path) as folder:
+        with monkeypatch.context() as patched, pytest.raises(Interrupted, match="stopped at step 12 of 12, saved in"):
+            patched.setattr(_Training, where, stopped)
+            fit(R, dataset(), SETTINGS, 0, folder=folder)
+        assert_equal(fit(R, dataset(), SETTINGS, 0, folder=folder, options=Options(say=lambda text: None)), undisturbed[0])
+
+
+def test_lines_that_are_switched_on_later_average_from_there(undisturbed, tmp_path):
+    """Every second step a line: the first one after step 7 has step 8's loss alone, whatever came before without lines."""
+    stop = lambda epoch, found: os.kill(os.getpid(), signal.SIGTERM) if epoch == 1 else None
+    with RunFolder(tmp_path) as folder:
+        with pytest.raises(Interrupted, match="step 7 of 12"):
+            fit(R, dataset(), SETTINGS, 0, folder=folder, on_epoch=stop)
+        fit(R, dataset(), SETTINGS, 0, folder=folder, options=Options(log_every=2, say=lambda text: None))
+    with RunFolder(tmp_path / "every") as folder:
+        fit(R, dataset(), SETTINGS, 0, folder=folder, options=Options(log_every=1))
+    found, single = (
+        [json.loads(x) for x in (p / "metrics.jsonl").read_text().splitlines()] for p in (tmp_path, tmp_path / "every")
+    )
+    [first] = [line for line in found if line["step"] == 8]
+    [alone] = [line for line in single if line["step"] == 8 and "epoch" not in line]
+    assert first["loss"] == alone["loss"]
+
+
 def test_without_a_folder_a_signal_ends_the_run_and_handlers_are_as_before():
     before = signal.getsignal(signal.SIGTERM)
     stop = lambda epoch, found: os.kill(os.getpid(), signal.SIGTERM)
@@ -172,6 +210,12 @@ def test_a_finished_run_is_read_back_from_its_file(undisturbed, tmp_path):
     (tmp_path / "finished.npz").write_bytes(b"PK rubbish")
     with pytest.raises(ValueError, match="damaged .* Delete it"):
         History.load(tmp_path / "finished.npz")
+
+
+def test_where_the_system_does_not_tell_the_peak_memory_is_0(monkeypatch):
+    assert peak_memory() > 0
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows: the import fails
+    assert peak_memory() == 0
 
 
 def test_a_folder_belongs_to_its_settings(tmp_path):

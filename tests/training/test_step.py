@@ -10,7 +10,7 @@ import pytest
 
 import perturbjax as pj
 from perturbjax.data import epoch_order
-from perturbjax.training import Schedule, device_data, fit, init_state, predict, split_methods
+from perturbjax.training import Options, Schedule, device_data, fit, init_state, predict, split_methods
 from perturbjax.training.step import accumulated, as_arrays, compiled_step, pixels, train_step
 from tests.training.problem import NUMBERS, dataset, plain, recipe
 
@@ -53,7 +53,7 @@ def test_same_seed_same_numbers_and_other_seed_others():
 
 def test_several_steps_in_one_call_are_the_single_steps():
     r = recipe(plain)
-    a, b = fit(r, dataset(), NUMBERS, 0, steps_per_call=1), fit(r, dataset(), NUMBERS, 0, steps_per_call=2)
+    a, b = (fit(r, dataset(), NUMBERS, 0, options=Options(steps_per_call=k)) for k in (1, 2))
     np.testing.assert_allclose(a.logits, b.logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(a.loss, b.loss, rtol=1e-5)
 

@@ -85,7 +85,7 @@ def test_streamed_vmapped_and_on_eight_devices_the_numbers_are_the_same():
     alone = fit(r, d, NUMBERS, 0)
     kinds = {
         "streamed": fit(r, d, NUMBERS, 0, options=Options(stream=True)),
-        "in a scan": fit(r, d, NUMBERS, 0, steps_per_call=5),
+        "in a scan": fit(r, d, NUMBERS, 0, options=Options(steps_per_call=5)),
         "side by side": fit_many(r, [Run(d, NUMBERS, seed) for seed in (0, 1)])[0],
         "eight devices": fit(r, d, NUMBERS, 0, options=Options(devices=Devices(8))),
     }

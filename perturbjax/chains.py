@@ -1,0 +1,14 @@
+"""What trainer and analyses do with methods of both kinds, perturbations of the loss and optax links."""
+
+from typing import Any
+
+import optax
+
+from perturbjax.core import Chain, chain
+
+
+def split_methods(methods: Any) -> tuple[Chain, tuple[optax.GradientTransformation, ...]]:
+    """One method, or several, as a chain for the loss and links for the optimiser, each in the order given."""
+    is_link = lambda one: hasattr(one, "update") and hasattr(one, "init")
+    each = [methods] if is_link(methods) or hasattr(methods, "site") else list(methods)
+    return chain(*(one for one in each if not is_link(one))), tuple(filter(is_link, each))
