@@ -13,9 +13,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_choice, check_number
+from perturbjax.checks import check_choice, check_number, is_traced
 from perturbjax.classes import AxisName
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 from perturbjax.parameter.timing import Course, Place, at, check_setting, not_negative
@@ -78,6 +79,8 @@ def self_paced(
             step, progress = context.step if callable(tau) else None, context.progress if isinstance(tau, Course) else None
             place = Place(step, progress, value=None, rate=None)
             return not_negative(at(tau, place)).astype(losses.dtype)
+        if not is_traced(ramp) and np.all(np.asarray(ramp) <= 0):
+            return loss_quantile(losses, 1.0, axis_name=context.axis_name)
         first, share = jnp.asarray(start, jnp.float32), jnp.asarray(ramp, jnp.float32)
         done = jnp.minimum(jnp.asarray(context.progress, jnp.float32) / jnp.where(share > 0, share, 1), 1)
         level = jnp.where(share > 0, first + (1 - first) * done, 1)
