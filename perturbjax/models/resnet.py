@@ -136,7 +136,10 @@ class SEResNet(OneBranch, kw_only=True):
 
     def layers(self, train):
         ops = self.ops(train)
-        stem, block = partial(self.block(Unit), self.width, 1, ops), partial(self.block(SEBlock), reduction=self.reduction)
+        stem, block = (
+            partial(self.block(Unit), self.width, 1, ops),
+            partial(self.block(Block), shortcut="B", reduction=self.reduction),
+        )
         return {"stem": stem} | self.stages(block, self.width, ops) | {"features": Features}
 
 
@@ -176,18 +179,21 @@ class ShakeResNet(Residual, kw_only=True):
 
 
 class Block(nn.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + S x)."""
+    """relu(s ⊙ norm(conv(relu(norm(conv(x))))) + S x); reduction: of the excitation s, None: no s."""
 
     features: int
     stride: int
     ops: Ops
     shortcut: Literal["A", "B"] = "A"
+    reduction: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         ops = self.ops
         y = nn.relu(ops.norm("norm1", ops.conv("conv1", x, self.features, self.stride)))
         y = ops.norm("norm2", ops.conv("conv2", ops.drop("drop", y), self.features))
+        if self.reduction is not None:
+            y = Excitation(self.reduction, name="excitation")(y)
         y = ops.residual("branch", y)
         if self.shortcut == "A" or same_shape(x, self.features, self.stride):
             return nn.relu(y + subsampled(x, self.features, self.stride))
@@ -212,24 +218,6 @@ class NarrowBlock(nn.Module):
         y = nn.relu(ops.norm("norm2", ops.conv("conv2", y, self.features, self.stride)))
         y = ops.residual("branch", ops.norm("norm3", ops.conv("conv3", ops.drop("drop", y), self.features, size=1)))
         return nn.relu(y + (projection(ops, x, self.features, self.stride) if self.projected else x))
-
-
-class SEBlock(nn.Module):
-    """relu(s ⊙ norm(conv(relu(norm(conv(x))))) + S x)."""
-
-    features: int
-    stride: int
-    ops: Ops
-    reduction: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        ops = self.ops
-        y = nn.relu(ops.norm("norm1", ops.conv("conv1", x, self.features, self.stride)))
-        y = ops.norm("norm2", ops.conv("conv2", ops.drop("drop", y), self.features))
-        y = ops.residual("branch", Excitation(self.reduction, name="excitation")(y))
-        same = same_shape(x, self.features, self.stride)
-        return nn.relu(y + (x if same else projection(ops, x, self.features, self.stride)))
 
 
 class Excitation(nn.Module):

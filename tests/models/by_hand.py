@@ -1,5 +1,7 @@
-"""What a residual net is made of, in numpy: images [B, H, W, C], as they come."""
+"""What a residual net is made of, in numpy: images [B, H, W, C], as they come; and variables to compare with."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -19,3 +21,11 @@ def conv(x, kernel, stride=1, padding=None):
 def norm(x, p, s):
     """In evaluation mode."""
     return (x - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"]
+
+
+def drawn(model, images):
+    """Variables of the model with every number drawn, variances above 1."""
+    random = np.random.default_rng(1)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    made = jax.tree.map(lambda leaf: jnp.asarray(random.normal(0.1, 0.4, leaf.shape), leaf.dtype), shapes)
+    return made | {"batch_stats": jax.tree.map(lambda x: jnp.abs(x) + 1, made["batch_stats"])}

@@ -11,7 +11,7 @@ import pytest
 from perturbjax.models import create
 from perturbjax.models.describe import describe, from_description
 from perturbjax.models.resnet import LANet, ResNet, SEResNet, ShakeResNet, WideResNet
-from tests.models.by_hand import conv, norm, relu
+from tests.models.by_hand import conv, drawn, norm, relu
 
 IMAGES = jnp.asarray(np.random.default_rng(0).random((3, 8, 8, 3)), jnp.float32)
 SHARED = dict(num_classes=5, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3))
@@ -20,10 +20,7 @@ MODEL = SEResNet(depth=8, width=4, reduction=2, **SHARED)
 
 @pytest.fixture(scope="module")
 def variables():
-    random = np.random.default_rng(1)
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), IMAGES)
-    made = jax.tree.map(lambda leaf: jnp.asarray(random.normal(0.1, 0.4, leaf.shape), leaf.dtype), shapes)
-    return made | {"batch_stats": jax.tree.map(lambda x: jnp.abs(x) + 1, made["batch_stats"])}
+    return drawn(MODEL, IMAGES)
 
 
 def by_hand(variables, images):
