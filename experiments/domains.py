@@ -57,7 +57,7 @@ DRAWS = ("thin", "longtail")
 """Views that keep some of the samples: they act on the pooled ones."""
 STATS_BATCHES = 50
 """Training batches from which BatchNorm's statistics of averaged weights are computed."""
-NOT_HERE = ("epochs", "recipe", "stream", "checkpoint_seconds", "log_every", "tensorboard")
+NOT_HERE = ("epochs", "recipe", "stream", "checkpoint_seconds", "log_every", "test_every", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)

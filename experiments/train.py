@@ -83,7 +83,8 @@ def train(settings: TrainSettings, recipe, dataset, numbers, folder, console: Co
     columns = (TextColumn("epoch"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=settings.epochs)
-        describe = lambda found: f"loss {found['loss']:.3f}, test accuracy {100 * found['accuracy']:.1f}"
+        tested = lambda found: f", test accuracy {100 * found['accuracy']:.1f}" if "accuracy" in found else ""
+        describe = lambda found: f"loss {found['loss']:.3f}{tested(found)}"
         tick = lambda epoch, found: progress.update(bar, completed=epoch + 1, description=describe(found))
         return fit(
             recipe, dataset, shared.make_numbers(settings, numbers), settings.seed, on_epoch=tick, folder=folder,

@@ -19,6 +19,7 @@ def config():
         weight_decay=5e-4,
         warmup_epochs=1.0,
         augment=True,
+        test_every=5,
         methods="ce, ls, mixup, isda, lpl(bound=0.3, step_size=0.03), lpg, lpa, sam",
         seeds=3,
         smoke=dict(data="digits", view="thin(20)", model="mlp", epochs=2, batch_size=32, augment=False, seeds=2, cost_rounds=2),

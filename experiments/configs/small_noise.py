@@ -22,6 +22,7 @@ def config():
         weight_decay=5e-4,
         warmup_epochs=1.0,
         augment=True,
+        test_every=5,
         methods="ce, ls, bootstrap, gce, sce, ols, mbls(margin=5), proselflc, logpert(weight=0.175), mixpert",
         seeds=3,
         smoke=dict(

@@ -279,6 +279,7 @@ def check_runs(
     check_number("--dropout", low=0, high=0.999, dropout=settings.dropout)
     check_number("--checkpoint-seconds", low=0, infinite=True, checkpoint_seconds=settings.checkpoint_seconds)
     check_number("--log-every", low=0, log_every=settings.log_every)
+    check_number("--test-every", low=1, test_every=settings.test_every)
     check_number("--warmup-epochs", low=0, high=settings.epochs, warmup_epochs=settings.warmup_epochs)
     for flag, value in (("--width", settings.width), ("--devices", settings.devices)):
         check_number(flag, low=1, **{flag.strip("-"): value})

@@ -118,6 +118,8 @@ class Settings:
     """At least so long between two checkpoints; there is always one at the end."""
     log_every: int = 0
     """Steps between two lines of metrics.jsonl within an epoch; 0: one line per epoch."""
+    test_every: int = 1
+    """Epochs between two evaluations on the test set, which change no other number; the last epoch always ends with one."""
     tensorboard: bool = False
     """Write TensorBoard events too (pip install tensorboardX)."""
     coordinator: str | None = None

@@ -17,8 +17,8 @@ from perturbjax.data import Dataset
 from perturbjax.training import History, OtherSettings, RunFolder
 
 RUNTIME = (
-    "out", "plugin", "devices", "stream", "steps_per_call", "checkpoint_seconds", "log_every", "tensorboard", "coordinator",
-    "num_processes", "process_id", "cost_rounds", "vmapped", "attack",
+    "out", "plugin", "devices", "stream", "steps_per_call", "checkpoint_seconds", "log_every", "test_every", "tensorboard",
+    "coordinator", "num_processes", "process_id", "cost_rounds", "vmapped", "attack",
 )  # fmt: skip
 """Flags that say where and how fast, not what: a run may go on with others."""
 

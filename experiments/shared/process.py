@@ -22,6 +22,7 @@ def options(settings: Settings, folder: pathlib.Path | None = None) -> Options:
         stream=settings.stream,
         checkpoint_seconds=settings.checkpoint_seconds,
         log_every=settings.log_every,
+        test_every=settings.test_every,
         on_line=tensorboard(folder / "tensorboard") if settings.tensorboard and folder is not None and main else None,
         say=(lambda text: print(text, file=sys.stderr)) if main else (lambda text: None),
     )

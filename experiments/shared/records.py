@@ -33,6 +33,7 @@ def record(histories: Sequence[History], datasets: Sequence[Dataset]) -> dict:
         for h, d in zip(histories, datasets, strict=True)
         if h.losses is not None
     ]
+    tested = sorted(set.intersection(*(set(h.tested) for h in histories)))  # runs may have been told apart when to test
     return {
         "accuracy": over("accuracy"),
         "best_epoch_accuracy": summary([max(h.accuracy) for h in histories]),
@@ -49,8 +50,8 @@ def record(histories: Sequence[History], datasets: Sequence[Dataset]) -> dict:
         "seconds": float(np.sum([h.seconds for h in histories])),
         "examples_per_second": float(np.mean([h.examples_per_second for h in histories])),
         "learning_curve": {
-            "epoch": list(range(1, len(histories[0].accuracy) + 1)),
-            "accuracy": [h.accuracy for h in histories],
+            "epoch": tested,
+            "accuracy": [[dict(zip(h.tested, h.accuracy, strict=True))[epoch] for epoch in tested] for h in histories],
         },
         "relative_loss_variation": mean_by_class(variations) if variations else None,
         "difference": None,

@@ -168,7 +168,7 @@ def _reading(results):
             if seeds > 1
             else "With a single seed there is no interval."
         ),
-        "best_epoch_accuracy": "The highest test accuracy of any epoch. Papers often print it, but it chooses the "
+        "best_epoch_accuracy": "The highest test accuracy of any epoch that was tested. Papers often print it, but it chooses the "
         "epoch by the test set and is therefore too high; the column to believe is the last epoch's.",
         "top5": "Share of test samples whose class is among the five highest outputs.",
         "ece": "Expected calibration error, 15 bins: how far confidence and accuracy lie apart. Lower is better.",

@@ -11,12 +11,19 @@ import numpy as np
 ARRAYS = ("logits", "plain_losses", "perturbed_losses", "loss_labels")
 
 
+def every_epoch(accuracy: list[float]) -> list[int]:
+    """The epochs tested by a run of a version that tested after each one."""
+    return list(range(1, len(accuracy) + 1))
+
+
 @dataclasses.dataclass
 class History:
     """The record of one run."""
 
     accuracy: list[float]
-    """Test accuracy after each epoch, as a fraction."""
+    """Test accuracy after each of the epochs `tested`, as a fraction."""
+    tested: list[int]
+    """Those epochs, counted from 1; the last one is always among them."""
     loss: list[float]
     """Mean training loss (perturbed) of each epoch."""
     logits: np.ndarray
@@ -63,6 +70,7 @@ class History:
             with np.load(path, allow_pickle=False) as file:
                 values = json.loads(str(file["record"]))
                 found = [file[name] for name in ARRAYS if name in file]
+            values.setdefault("tested", every_epoch(values["accuracy"]))
             return cls(logits=found[0], losses=tuple(found[1:]) or None, **values)
         except FileNotFoundError:
             raise

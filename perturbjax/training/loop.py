@@ -1,4 +1,4 @@
-"""The training loop: calls of the one jitted step, evaluation after each epoch, checkpoints, and what is reported of a run."""
+"""The training loop: calls of the one jitted step, evaluation after epochs, checkpoints, and what is reported of a run."""
 
 import contextlib
 import dataclasses
@@ -16,13 +16,14 @@ import optax
 from jax.experimental import multihost_utils
 
 from perturbjax.chains import split_methods
+from perturbjax.checks import check_number
 from perturbjax.data import Dataset, evaluation_batches
 from perturbjax.training.checkpoint import Checkpoints
 from perturbjax.training.devices import Devices, from_host, to_host
 from perturbjax.training.diagnose import Trouble, explain
 from perturbjax.training.feed import Call, Feed, same_arrays, stacked, step_size, streams
 from perturbjax.training.folder import RunFolder, keep_model
-from perturbjax.training.history import History
+from perturbjax.training.history import History, every_epoch
 from perturbjax.training.interrupt import Interrupted, on_request
 from perturbjax.training.step import (
     Recipe,
@@ -66,10 +67,16 @@ class Options:
     """At least so long between two checkpoints (several processes: epochs' ends only)."""
     log_every: int = 0
     """Steps between two lines of the log within an epoch; 0: a line per epoch."""
+    test_every: int = 1
+    """Epochs between two evaluations on the test images; the last epoch always ends with one."""
     on_line: Callable[[dict], None] | None = None
     """Called with every line of the log."""
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
     """Is given what a person should know: where a run goes on, a damaged checkpoint."""
+
+    def __post_init__(self):
+        check_number("Options", low=0, log_every=self.log_every)
+        check_number("Options", low=1, test_every=self.test_every)
 
 
 @dataclasses.dataclass
@@ -78,7 +85,7 @@ class Progress:
 
     step: int
     accuracy: list[list[float]]
-    """Test accuracy after each epoch."""
+    """Test accuracy after each of the epochs `tested`."""
     loss: list[list[float]]
     """Mean training loss of each epoch."""
     metrics: list[dict[str, float]]
@@ -91,11 +98,13 @@ class Progress:
     """Sums over the steps since the last line of the log."""
     seconds: float = 0.0
     log_size: int = 0
+    tested: list[int] = dataclasses.field(default_factory=list)
+    """Epochs, counted from 1, that ended with an evaluation."""
 
     def of(self, s: int) -> dict:
         """The progress of one of the runs alone, as a checkpoint keeps it; whoever writes its log sets log_size."""
-        own = {name: [x[s]] if isinstance(x, list) else x for name, x in dataclasses.asdict(self).items()}
-        return own | {"seconds": self.seconds / len(self.accuracy), "log_size": 0}
+        shared = {"seconds": self.seconds / len(self.accuracy), "log_size": 0, "tested": self.tested}
+        return {name: [x[s]] if isinstance(x, list) else x for name, x in dataclasses.asdict(self).items()} | shared
 
     @classmethod
     def start(cls, runs: int) -> "Progress":
@@ -118,9 +127,9 @@ def fit(
 
     Args:
       recipe: structure; numbers: {"method", "learning_rate", "momentum", "weight_decay"}.
-      dataset: trained on its training part, evaluated on its test part after each epoch.
+      dataset: trained on its training part, evaluated on its test part after each epoch (`Options.test_every`).
       seed: of initialisation, batch order, augmentation and every draw. Methods with the same seed see the same batches.
-      on_epoch: called with (epoch, {"loss", "accuracy", ...}) after each epoch.
+      on_epoch: called with (epoch, {"loss", "accuracy", ...}) after each epoch; without "accuracy" if it ends without a test.
       folder: where log and checkpoints go; a run that is begun there goes on, bit for bit as if it had not been interrupted.
       options: devices, streaming, checkpoints.
 
@@ -201,6 +210,7 @@ class _Training:
         if found is not None:
             step, host, progress = found
             progress.pop("format")
+            progress.setdefault("tested", every_epoch(progress["accuracy"][0]))
             self.progress = Progress(**progress)
             if not self.options.log_every:  # lines that are switched on later begin there
                 self.progress.line_sums = [{} for _ in self.runs]
@@ -295,26 +305,32 @@ class _Training:
         return None, lines
 
     def _end_epoch(self, state: Any) -> list[dict]:
-        """Evaluates, and closes the epoch's books; its lines for the log."""
+        """Tests, if it is time to, and closes the epoch's books; its lines for the log."""
         progress, lines, means = self.progress, [], []
         host = self.devices.first(state)
         epoch = progress.step // self.recipe.steps_per_epoch
-        for s, run in enumerate(self.runs):
-            logits = self._predict(host, s)
-            accuracy = float(np.mean(logits.argmax(1) == run.dataset.test_labels))
+        tests = epoch % self.options.test_every == 0 or epoch == self.recipe.epochs
+        if tests:
+            progress.tested.append(epoch)
+        for s in range(len(self.runs)):
             found = mean(progress.epoch_sums[s])
-            progress.accuracy[s].append(accuracy)
             progress.loss[s].append(found["loss"])
             progress.metrics[s] = {name: x for name, x in found.items() if name != "loss"}
-            if accuracy > progress.best[s].get("accuracy", -1.0):
-                progress.best[s] = {"epoch": epoch, "accuracy": accuracy}
-            means.append({**found, "accuracy": accuracy})
+            means.append(found | ({"accuracy": self._test(host, s, epoch)} if tests else {}))
             lines.append(self._line(s, {"epoch": epoch, **means[-1]}))
         progress.epoch_sums = [{} for _ in self.runs]
         if self.on_epoch is not None:
             average = {name: float(np.mean([m[name] for m in means])) for name in means[0]}
             self.on_epoch(epoch - 1, average)
         return lines
+
+    def _test(self, state: Any, s: int, epoch: int) -> float:
+        """Test accuracy of one of the runs, entered into its books."""
+        accuracy = float(np.mean(self._predict(state, s).argmax(1) == self.runs[s].dataset.test_labels))
+        self.progress.accuracy[s].append(accuracy)
+        if accuracy > self.progress.best[s].get("accuracy", -1.0):
+            self.progress.best[s] = {"epoch": epoch, "accuracy": accuracy}
+        return accuracy
 
     def _line(self, s: int, values: dict) -> dict:
         run = self.runs[s]
@@ -411,6 +427,7 @@ class _Training:
                     peak_memory=peak_memory(),
                     state=own,
                     progress=progress.of(s),
+                    tested=list(progress.tested),
                 )
             )
         return histories

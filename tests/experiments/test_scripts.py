@@ -91,6 +91,18 @@ def test_every_config_names_methods_views_and_flags_that_exist(name):
         assert all(VIEWS[call.name](**dict(call.kwargs)) for call in calls)
 
 
+def test_runs_that_were_tested_after_other_epochs_share_a_curve(tmp_path):
+    flags = ["--methods", "ce", "--epochs", "5", "--batch-size", "32", "--cost-rounds", "0", "--out", str(tmp_path)]
+    compare.main([*flags, "--seeds", "1", "--test-every", "2"])
+    first = results(tmp_path)["methods"]["ce"]
+    assert first["learning_curve"]["epoch"] == [2, 4, 5]
+    compare.main([*flags, "--seeds", "2", "--test-every", "4"])
+    both = results(tmp_path)["methods"]["ce"]
+    assert both["learning_curve"]["epoch"] == [4, 5] and np.shape(both["learning_curve"]["accuracy"]) == (2, 2)
+    assert both["learning_curve"]["accuracy"][0] == first["learning_curve"]["accuracy"][0][1:]  # not trained again
+    assert both["accuracy"]["values"] == [curve[-1] for curve in both["learning_curve"]["accuracy"]]
+
+
 def test_a_config_of_another_script_is_an_error_with_the_command():
     with pytest.raises(
         ValueError, match=r"needs domains.py, got compare.py. Write: python experiments/domains.py --config small_domains"

@@ -1,5 +1,6 @@
 """Interrupted and resumed in any way, a run ends as if nothing had happened; folders know whose they are; divergences are explained."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -126,6 +127,41 @@ def test_a_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path, number):
     assert len(said) == 1 and said[0].endswith("goes on after step 7 of 12.")
     assert_equal(whole, undisturbed[0])
     assert (tmp_path / "metrics.jsonl").read_text() == undisturbed[1]
+
+
+def test_testing_less_often_changes_nothing_but_the_curve(undisturbed, tmp_path):
+    """Begun with a test after each epoch by a version that kept no list of them, gone on with one after every third."""
+    whole = undisturbed[0]
+    assert EPOCHS == 4 and whole.tested == [1, 2, 3, 4]
+    seldom = fit(R, dataset(), SETTINGS, 0, options=Options(log_every=2, test_every=3))
+    assert seldom.tested == [3, 4]
+    assert_equal(dataclasses.replace(seldom, accuracy=[*whole.accuracy[:2], *seldom.accuracy]), whole)
+
+    found = []
+
+    def stop(epoch, metrics):
+        found.append("accuracy" in metrics)
+        if epoch == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with RunFolder(tmp_path) as folder, pytest.raises(Interrupted):
+        fit(R, dataset(), SETTINGS, 0, folder=folder, on_epoch=stop, options=Options(log_every=2))
+    books = list((tmp_path / "checkpoints").rglob("progress/metadata"))
+    assert books and all('"tested": [1]' in kept.read_text() for kept in books)
+    for kept in books:
+        kept.write_text(kept.read_text().replace(', "tested": [1]', ""))
+    with RunFolder(tmp_path) as folder:
+        mixed = fit(R, dataset(), SETTINGS, 0, folder=folder, on_epoch=stop, options=Options(log_every=2, test_every=3))
+    assert mixed.tested == [1, 3, 4] and found == [True, False, True, True]
+    assert_equal(dataclasses.replace(mixed, accuracy=whole.accuracy), whole)
+    assert mixed.accuracy == [whole.accuracy[epoch - 1] for epoch in mixed.tested]
+    mixed.save(tmp_path / "finished.npz")
+    assert type(mixed).load(tmp_path / "finished.npz").tested == [1, 3, 4]
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="Options needs test_every >= 1, got 0. Write test_every=1"):
+        Options(test_every=0)
 
 
 @pytest.mark.parametrize("where", ["_end_epoch", "_histories"])
