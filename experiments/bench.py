@@ -62,7 +62,7 @@ class BenchSettings(shared.Settings):
 
 def main(argv: list[str]) -> None:
     """Runs the benchmark."""
-    settings = shared.first_flags(argv, BenchSettings, __doc__)
+    settings = shared.first_flags(argv, BenchSettings, __doc__, one_process=True)
     methods = shared.parse_methods(settings.methods, settings.plugin)
     methods = {PLAIN: shared.parse_methods(PLAIN)[PLAIN], **methods}
     dataset = random_dataset(settings)

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     with shared.prepare_out(settings.out, "compare", settings.view, shared.identity(settings, datasets[0])) as folder:
         console = Console(quiet=jax.process_index() > 0)
         shared.print_notes(datasets[0], console, settings)
-        print_heads(settings, methods, console)
+        shared.print_classifiers(settings, methods, console)
         results_file, report = folder.path / "results.json", folder.path / "report.html"
         started = time.perf_counter()
         results, diverged = finished(settings, results_file, list(methods), list(seeds)), []
@@ -92,24 +92,6 @@ def main(argv: list[str]) -> None:
         took = time.perf_counter() - started
         console.print(f"{took:.0f} s. Wrote {results_file} and {report}", soft_wrap=True, highlight=False)
         raise_diverged(diverged)
-
-
-def heads(settings: shared.Settings, methods: dict) -> str | None:
-    """Which method has which last layer, if they differ: "linear: ce, la; cosine: ldam"."""
-    found: dict[str, list[str]] = {}
-    for typed, (method, _) in methods.items():
-        found.setdefault(settings.head or method.head, []).append(typed)
-    return "; ".join(f"{head}: {', '.join(names)}" for head, names in found.items()) if len(found) > 1 else None
-
-
-def print_heads(settings: shared.Settings, methods: dict, console: Console) -> None:
-    """Says so if the methods don't have the same last layer: what is compared is then the layer too."""
-    if (different := heads(settings, methods)) is not None:
-        console.print(
-            f"note: the methods have different classifiers ({different}), which are a part of their differences. "
-            "Write --head cosine for one classifier.",
-            soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
 
 
 def attack_all(attacks: dict, planned: list["Planned"], results: dict, console: Console) -> None:
@@ -138,7 +120,9 @@ def summarise(settings: ManySettings, datasets: list[Dataset], methods: dict, hi
     It is written to `file` without the costs before they are measured, so that an error there loses nothing.
     """
     results = shared.results_of(settings, datasets, range(settings.seeds), histories)
-    results["settings"]["head"] = settings.head or heads(settings, methods)  # as it came out, where it is not the same for all
+    results["settings"]["head"] = settings.head or shared.classifiers(
+        settings, methods
+    )  # as it came out, where it is not the same for all
     reference = next(iter(methods))
     for typed, entry in results["methods"].items():
         if typed != reference:

@@ -64,7 +64,7 @@ class ExplainSettings(compare.CompareSettings):
 
 def main(argv: list[str]) -> None:
     """Trains what is missing, looks, writes."""
-    settings = shared.first_flags(argv, ExplainSettings, __doc__)
+    settings = shared.first_flags(argv, ExplainSettings, __doc__, one_process=True)
     check(settings)
     landscape.with_nets(argv, settings, "explain", look)
 

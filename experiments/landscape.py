@@ -89,7 +89,7 @@ class Net:
 
 def main(argv: list[str]) -> None:
     """Trains what is missing, looks, writes."""
-    settings = shared.first_flags(argv, LandscapeSettings, __doc__)
+    settings = shared.first_flags(argv, LandscapeSettings, __doc__, one_process=True)
     check(settings)
     with_nets(argv, settings, "landscape", look)
 
@@ -110,7 +110,7 @@ def with_nets(argv: list[str], settings: Any, script: str, look: Callable) -> No
     shared.check_runs(training, datasets[0], methods, shared.channel_stats(training))
     with shared.prepare_out(settings.out, script, settings.view, shared.identity(training, datasets[0])) as folder:
         shared.print_notes(datasets[0], console, training)
-        compare.print_heads(training, methods, console)
+        shared.print_classifiers(training, methods, console)
         compare.raise_diverged(compare.train_all(training, datasets, methods, folder.path, console)[1])
         planned = compare.plan(training, datasets, methods, folder.path)
         look([net_in(one.folder, one.typed, one.run.seed, one.run.dataset) for one in planned], settings, folder.path, console)

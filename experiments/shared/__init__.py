@@ -6,10 +6,12 @@ from experiments.shared.building import (
     channel_stats,
     check_runs,
     check_step,
+    classifiers,
     load_view,
     make_numbers,
     make_recipe,
     parse_methods,
+    print_classifiers,
     print_notes,
     source,
     views_of,
@@ -29,8 +31,8 @@ from experiments.shared.records import (
 )  # fmt: skip
 
 __all__ = [
-    "CONFIGS", "Method", "Settings", "attacked", "attacked_before", "attacks_of", "branch_options", "channel_stats", "check_runs", "check_step",
-    "command_line", "finished_run", "first_flags", "flags_of_recipe", "identity", "load_view", "make_numbers", "make_recipe", "options",
-    "parse_methods", "prepare_out", "print_notes", "read_config", "read_results", "record", "results_of", "slug", "source", "start",
-    "value_of", "versions", "views_of",
+    "CONFIGS", "Method", "Settings", "attacked", "attacked_before", "attacks_of", "branch_options", "channel_stats", "check_runs",
+    "check_step", "classifiers", "command_line", "finished_run", "first_flags", "flags_of_recipe", "identity", "load_view", "make_numbers",
+    "make_recipe", "options", "parse_methods", "prepare_out", "print_classifiers", "print_notes", "read_config", "read_results", "record",
+    "results_of", "slug", "source", "start", "value_of", "versions", "views_of",
 ]  # fmt: skip

@@ -110,6 +110,24 @@ def print_notes(dataset: Dataset, console: Console, settings: Settings, *, steps
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
 
 
+def classifiers(settings: Settings, methods: dict) -> str | None:
+    """Which method has which last layer, if they differ: "linear: ce, la; cosine: ldam"."""
+    found: dict[str, list[str]] = {}
+    for typed, (method, _) in methods.items():
+        found.setdefault(settings.head or method.head, []).append(typed)
+    return "; ".join(f"{head}: {', '.join(names)}" for head, names in found.items()) if len(found) > 1 else None
+
+
+def print_classifiers(settings: Settings, methods: dict, console: Console) -> None:
+    """Says so if the methods don't have the same last layer: what is compared is then the layer too."""
+    if (different := classifiers(settings, methods)) is not None:
+        console.print(
+            f"note: the methods have different classifiers ({different}), which are a part of their differences. "
+            "Write --head cosine for one classifier.",
+            soft_wrap=True, highlight=False, markup=False,
+        )  # fmt: skip
+
+
 @functools.cache
 def channel_stats(settings: Settings) -> tuple | None:
     """Channel means and deviations of the view drawn with seed 0: one normalisation, hence one compiled step, for all seeds."""

@@ -139,14 +139,18 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
 """Flags that a model sets where nothing is said: of texts, the taxonomy paper's protocol (AdamW with its usual decay, batch 64)."""
 
 
-def first_flags(argv: Sequence[str], settings: type, epilogue: str, *, one_process: bool = False) -> Any:
+def first_flags(
+    argv: Sequence[str], settings: type, epilogue: str, *, script: str | None = None, one_process: bool = False
+) -> Any:
     """The settings of a command line: those of --config NAME first, flags on top.
 
     --list and --config act before the rest; unknown flags end the program with the nearest one (tyro).
+    script: its file's name, if its settings are in another file.
     one_process: the script can't be spread over several, and says so.
     """
     import tyro  # here: a machine without it can still import this module
 
+    script = script or pathlib.Path(inspect.getfile(settings)).name
     argv = list(argv)
     if "--list" in argv:
         print_methods(taxonomy.registry(value_of(argv, "--plugin")))
@@ -156,7 +160,7 @@ def first_flags(argv: Sequence[str], settings: type, epilogue: str, *, one_proce
     if smoke:
         argv.remove("--smoke")
     if names := value_of(argv, "--config", remove=True):
-        chosen = config_flags(names[-1], pathlib.Path(inspect.getfile(settings)).name, smoke=smoke)
+        chosen = config_flags(names[-1], script, smoke=smoke)
         fields = {field.name for field in dataclasses.fields(settings)}
         unknown = sorted(set(chosen) - fields)
         if unknown:
@@ -178,8 +182,7 @@ def first_flags(argv: Sequence[str], settings: type, epilogue: str, *, one_proce
     )
     if one_process and (host := getattr(chosen, "coordinator", None)) is not None:  # before it waits for the others
         raise ValueError(
-            f"{pathlib.Path(inspect.getfile(settings)).name} needs one process, got --coordinator {host}. "
-            "Leave out --coordinator, --num-processes and --process-id."
+            f"{script} needs one process, got --coordinator {host}. Leave out --coordinator, --num-processes and --process-id."
         )
     begin(chosen)
     return chosen

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import compare, domains, shared
+from experiments.leaveout import plan, training
 from perturbjax import spec
 from perturbjax.activation.lpa_sites import comparing
 from perturbjax.core import Where
@@ -96,12 +97,12 @@ def test_all_methods_of_the_protocol_give_a_table_and_finished_runs_are_kept(dat
 
 def test_one_compiled_step_serves_all_left_out_domains_and_seeds(data, tmp_path, capsys):
     """And swad is plain training up to its average: ERM's curve."""
-    settings = domains.DomainsSettings(
+    settings = plan.DomainsSettings(
         data=data, model="mlp", width=4, steps=6, batch_size=6, evaluate_every=2, methods="swad, erm"
     )
-    methods, _ = domains.parse_methods(settings)
+    methods, _ = plan.parse_methods(settings)
     whole = pooled(shared.load_view(settings, 0))
-    steps = [compiled_step(domains.recipe_of(settings, whole, method)) for method, _ in methods.values()]
+    steps = [compiled_step(plan.recipe_of(settings, whole, method)) for method, _ in methods.values()]
     before = [step._cache_size() for step in steps]
     arguments = ["--data", data, *QUICK, "--methods", "swad, erm", "--seeds", "2", "--out", str(tmp_path)]
     domains.main(arguments)
@@ -147,12 +148,12 @@ def test_the_metrics_of_methods_are_in_the_curve(data, tmp_path, capsys):
 
 def test_sites_are_compared_when_an_epoch_begins(data):
     """An epoch of what is trained on, not of all samples with the left-out domain's, whose number tables by sample need."""
-    settings = domains.DomainsSettings(
+    settings = plan.DomainsSettings(
         data=data, model="mlp", width=4, steps=40, batch_size=6, methods="lpa(site=[stage1, stage2])"
     )
-    [(method, numbers)] = domains.parse_methods(settings)[0].values()
+    [(method, numbers)] = plan.parse_methods(settings)[0].values()
     whole = pooled(shared.load_view(settings, 0))
-    recipe = domains.recipe_of(settings, whole, method)
+    recipe = plan.recipe_of(settings, whole, method)
     context = build(recipe, shared.make_numbers(settings, numbers), whole.class_counts)[0].context
     due = [step for step in range(40) if comparing(context._replace(batch_size=recipe.batch_size, where=Where(step=step)), 1)]
     assert due == list(range(0, 40, 6)) and recipe.steps_per_epoch == 6  # 80 % of 2 · 45 samples in batches of 12
@@ -161,16 +162,18 @@ def test_sites_are_compared_when_an_epoch_begins(data):
 
 @pytest.mark.parametrize("freeze", [(), ("stage1",)], ids=["all trained", "stage1 frozen"])
 def test_statistics_of_averaged_weights_are_their_mean_over_batches_wherever_they_start(data, freeze):
-    settings = domains.DomainsSettings(data=data, model="cnn", width=2, steps=3, batch_size=6, augment=False, freeze=freeze)
-    [(method, numbers)] = domains.parse_methods(dataclasses.replace(settings, methods="swad"))[0].values()
+    settings = plan.DomainsSettings(data=data, model="cnn", width=2, steps=3, batch_size=6, augment=False, freeze=freeze)
+    [(method, numbers)] = plan.parse_methods(dataclasses.replace(settings, methods="swad"))[0].values()
     whole = pooled(shared.load_view(settings, 0))
-    recipe, split = domains.recipe_of(settings, whole, method), split_domains(whole, 0, seed=0)
-    state = init_state(recipe, shared.make_numbers(settings, numbers), domains.sample(whole), 0)
+    recipe, split = plan.recipe_of(settings, whole, method), split_domains(whole, 0, seed=0)
+    state = init_state(recipe, shared.make_numbers(settings, numbers), plan.sample(whole), 0)
     far = state._replace(stats=jax.tree.map(lambda x: 1e4 + 7 * x, state.stats))
     frozen = lambda stats: stats["stage1"] if freeze else {}
     if freeze:  # what is frozen runs on its own statistics
         far.stats["stage1"] = state.stats["stage1"]
-    ours, other = (domains.with_statistics(recipe, s, domains.on_device(whole), split, settings, 0).stats for s in (state, far))
+    ours, other = (
+        training.with_statistics(recipe, s, training.on_device(whole), split, settings, 0).stats for s in (state, far)
+    )
     jax.tree.map(np.testing.assert_array_equal, ours, other)
     jax.tree.map(np.testing.assert_array_equal, frozen(ours), frozen(state.stats))
 
@@ -221,7 +224,7 @@ def test_it_learns_what_the_domains_share(tmp_path):
     entry = found(out)["methods"]["erm"]
     assert list(entry["domains"]) == ["photo"] and entry["mean"]["mean"] > 0.8
     [run] = entry["runs"]
-    split = split_domains(pooled(shared.load_view(domains.DomainsSettings(data=file), 0)), 1, seed=0)
+    split = split_domains(pooled(shared.load_view(plan.DomainsSettings(data=file), 0)), 1, seed=0)
     assert run["sizes"]["test"] == len(split.test)
 
 
@@ -255,8 +258,8 @@ def test_bad_input(tmp_path, changes, flags, message):
 def test_thinning_draws_from_all_samples_those_of_the_files_test_part_too(tmp_path):
     """With the other views as before; the run has the samples that the table of the data counts."""
     file = write(tmp_path / "TINY.npz")
-    settings = domains.DomainsSettings(data=file, view="thin(20)+shrink(4)")
-    few, all_ = domains.load_pooled(settings), domains.load_pooled(dataclasses.replace(settings, view="none"))
+    settings = plan.DomainsSettings(data=file, view="thin(20)+shrink(4)")
+    few, all_ = plan.load_pooled(settings), plan.load_pooled(dataclasses.replace(settings, view="none"))
     assert len(all_.train_labels) == 135 and few.class_counts.tolist() == [20, 20, 20] and few.image_shape == (4, 4, 3)
     assert [view.split("(")[0] for view in few.views] == ["shrink", "thin"]
     domains.main(["--data", file, "--view", "thin(20)", "--methods", "erm", *QUICK[:4], "--model", "mlp", "--width", "4",

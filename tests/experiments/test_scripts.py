@@ -190,7 +190,7 @@ def test_different_classifiers_are_said_unless_the_flag_gives_one(tmp_path, caps
     assert "linear: ce, ls; cosine: ldam" in (tmp_path / "a" / "report.html").read_text()
     compare.main([*flags, "--head", "cosine", "--out", str(tmp_path / "b")])
     assert "note: the methods" not in capsys.readouterr().out and results(tmp_path / "b")["settings"]["head"] == "cosine"
-    assert compare.heads(compare.CompareSettings(), shared.parse_methods("ce, la")) is None
+    assert shared.classifiers(compare.CompareSettings(), shared.parse_methods("ce, la")) is None
 
 
 @pytest.mark.parametrize("vmapped", ["False", "True"])

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import perturbjax as pj
-from experiments import domains, shared
+from experiments import shared
+from experiments.leaveout import plan
 from perturbjax.data.dataset import take
 from perturbjax.training import Devices, FineTuning, Interrupted, Options, RunFolder, Schedule, fit
 from perturbjax.training.feed import Feed
@@ -131,4 +132,4 @@ def test_batches_of_domains_are_drawn_otherwise():
     d = dataset()
     d = dataclasses.replace(d, train_domains=np.arange(48) % 2, domain_names=("a", "b"))
     with pytest.raises(ValueError, match="got domains.py, which draws from every domain alike. Write form=weights"):
-        domains.recipe_of(domains.DomainsSettings(model="mlp"), d, method)
+        plan.recipe_of(plan.DomainsSettings(model="mlp"), d, method)
