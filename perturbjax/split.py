@@ -1,7 +1,8 @@
 """Splits: which classes (or samples) have their loss raised (+1) and which have it lowered (−1).
 
 The papers call raising the loss *positive augmentation* (LPL, LPG, LPA) or *negative perturbation* (the taxonomy); here it is
-the direction +1. A split keeps its own running statistic, taken from the clean pass; a class never seen has direction 0.
+the direction +1. A split keeps its own running statistic, taken from the clean pass (of a net
+trained on attacked inputs, as with AT and C-UAT, the attacked one: there is no other); a class never seen has direction 0.
 
     by_accuracy    +1 if q̄_c ≤ τ                 LPL eqs. 12–13, LPG eq. 18
     by_frequency   +1 if class c is rare          LPL eq. 14, LPG eq. 19

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import perturbjax as pj
 from perturbjax import spec, taxonomy
+from perturbjax.core import TAIL, clean_logits
 
 METHODS = [f for f in vars(pj).values() if hasattr(f, "coordinates")]
 SWITCHABLE = [f for f in METHODS if f.off is not None]
@@ -342,6 +343,40 @@ def test_the_perturbations_are_the_same_on_one_two_and_eight_devices(name, per_d
     assert np.abs(one).reshape(BATCH, -1).max(1).min() > 1e-2
     for devices in (2, 8):
         np.testing.assert_allclose(deltas(devices), one, rtol=1e-4, atol=1e-6)
+
+
+def seen():
+    """A link behind all others at the logits that keeps what it is told are the clean ones."""
+    keep = lambda flow, rest, state, context: (flow, clean_logits(flow, flow.value), {})
+    return pj.Perturbation("logits", lambda context: jnp.zeros([BATCH, CLASSES]), keep)
+
+
+# Trained on attacked inputs, a net has no clean pass: what classes are measured by is how it stands the attack.
+ATTACKED = (pj.adversarial_training, pj.cuat, pj.mixed_uat, pj.regpert)
+BEFORE_THE_TAIL = [
+    f for f in METHODS if f not in ATTACKED and any(link.site not in TAIL for link in parts(f() if f is not pj.ce else ())[0])
+]
+
+
+@each(BEFORE_THE_TAIL)
+def test_what_later_links_take_for_clean_logits_knows_nothing_of_the_labels(make):
+    """Statistics of the classes come from there: a method that puts the label into the logits, or searches with it, leaves others behind."""
+    params, stats, batch = problem()
+    links = pj.chain(make(), seen())
+    objective = pj.objective(
+        LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=115 + BATCH, num_domains=DOMAINS
+    )
+
+    @jax.jit
+    def step(states, labels, epoch):
+        place = dict(key=jax.random.key(0), step=epoch, progress=0.31 * jnp.float32(epoch + 1), epoch=epoch, stats=stats)
+        return objective(params, states, batch._replace(labels=labels), **place)[1]
+
+    others = (batch.labels + 1) % CLASSES
+    before = step(objective.init(params, batch.inputs, stats=stats), batch.labels, 0).states
+    found, changed = (step(before, labels, 1) for labels in (batch.labels, others))
+    assert np.abs(found.losses - changed.losses).max() > 1e-3
+    np.testing.assert_allclose(found.states[-1], changed.states[-1], rtol=1e-5, atol=1e-6)
 
 
 @every_method

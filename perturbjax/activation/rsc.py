@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import AxisName, wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, clean_logits, keep_clean, method
 
 
 def top_share(values: jax.Array, *, share: ArrayLike, axis_name: AxisName = None) -> jax.Array:
@@ -81,6 +81,7 @@ def rsc(
             "drop": jax.lax.stop_gradient(drop).mean(),
             "inner_evaluations": jnp.int32(1),
         }
+        flow = keep_clean(flow, clean_logits(clean, clean.trace["logits"]))
         return flow._replace(value=jnp.where(muted, 0, flow.value)), state, metrics
 
     return Perturbation(site, lambda context: (), apply, search=True)
