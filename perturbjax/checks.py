@@ -72,7 +72,7 @@ def check_choice(function: str, name: str, value: Any, known: Iterable[str]) -> 
 
 def check_logits_labels(function: str, logits: Any, labels: Any) -> None:
     """Raises ValueError unless logits are [B, C] with C >= 2 and labels integer [B]; static facts, so it works in a trace."""
-    shape, dtype = np.shape(logits), labels.dtype
+    shape, dtype = np.shape(logits), (labels if hasattr(labels, "dtype") else np.asarray(labels)).dtype
     if len(shape) != 2 or np.shape(labels) != shape[:1]:
         raise ValueError(
             f"{function} needs logits [B, C] and labels [B], got {shape} and {np.shape(labels)}. "
@@ -87,6 +87,18 @@ def check_classes(function: str, num_classes: int) -> None:
     """Raises ValueError for less than two classes."""
     if num_classes < 2:
         raise ValueError(f"{function} needs at least 2 classes, got {num_classes}. With one class there is nothing to learn.")
+
+
+def check_class_counts(function: str, class_counts: Any) -> None:
+    """Raises ValueError for a class without training samples: says the first one (host only)."""
+    if is_traced(class_counts):
+        return
+    empty = np.flatnonzero(np.asarray(class_counts) <= 0)
+    if empty.size:
+        raise ValueError(
+            f"{function} needs at least one sample of every class, got none of class {empty[0]}. "
+            "Drop the class, or relabel so that the labels are 0..C-1 without gaps."
+        )
 
 
 def check_samples(function: str, logits: Any, labels: Any, *, what: str = "logits") -> None:

@@ -31,6 +31,9 @@ CLEAN = "clean logits"
 """In `Flow.extra`: (whether there are any yet [] bool, the logits [B, C] of the pass without what links have found by a search or put in
 by the label). Left by the first such link."""
 
+CLOSE = 1e-6
+"""Shares of a run that lie nearer to each other are one: half a step of a run of 500,000."""
+
 # Folded into the step's key for the model's own random draws; links fold in their position, which stays far below.
 _MODEL_STREAM = 0x6D6F64
 _EVALUATIONS = "inner_evaluations"
@@ -105,7 +108,23 @@ class Context(NamedTuple):
     def begun(self, start: ArrayLike) -> jax.Array:
         """[] bool: whether the share `start` of training is over. A start of 0 has no need of `progress`."""
         at_once = not is_traced(start) and np.all(np.asarray(start) <= 0)
-        return jnp.bool_(True) if at_once else jnp.asarray(self.progress) >= start
+        return jnp.bool_(True) if at_once else reached(self.progress, start)
+
+    def epoch_length(self) -> int:
+        """Steps of an epoch. Raises ValueError if nobody said how many there are."""
+        if self.steps_per_epoch is not None:
+            return self.steps_per_epoch
+        if self.num_examples is None:
+            raise ValueError(
+                f"{self.name or 'this method'} needs the length of an epoch, got none. Pass objective(..., steps_per_epoch=n)."
+            )
+        assert self.batch_size is not None
+        devices = 1 if self.axis_name is None else int(jax.lax.psum(1, self.axis_name))
+        return max(1, self.num_examples // (self.batch_size * devices))
+
+    def epoch_begins(self) -> jax.Array:
+        """[] bool: whether this is the first step of an epoch. Made of the step alone, hence one for all seeds that are vmapped."""
+        return jnp.asarray(self.step, jnp.int32) % self.epoch_length() == 0
 
     def _told(self, name: str, how: str) -> ArrayLike:
         if (value := getattr(self.where, name)) is None:
@@ -117,16 +136,17 @@ class Context(NamedTuple):
 class Rest:
     """The rest of the pass from a link's site: later links that only compute are in it, later links that search are not."""
 
-    _run: Callable[[jax.Array, jax.Array | None], tuple[jax.Array, Flow]]
+    _run: Callable[[jax.Array, jax.Array | None, Mapping[str, Any]], tuple[jax.Array, Flow]]
     _take: Callable[[jax.Array], "Rest"] | None = None
 
     def __call__(self, value: jax.Array) -> jax.Array:
         """Losses [B] of the value at this site [B, ...]."""
-        return self._run(value, None)[0]
+        return self._run(value, None, {})[0]
 
-    def flow(self, value: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, Flow]:
-        """(losses [B], the flow at the end), which has the logits in its trace. `key` gives another random draw."""
-        return self._run(value, key)
+    def flow(self, value: jax.Array, key: jax.Array | None = None, **other: Any) -> tuple[jax.Array, Flow]:
+        """(losses [B], the flow at the end), which has the logits in its trace. `key` gives another random draw; `other` are fields of
+        the flow for a value that is not of this batch's samples (labels, targets, index, extra)."""
+        return self._run(value, key, other)
 
     def take(self, rows: jax.Array) -> "Rest":
         """The rest for some samples only, `rows` [n] of the batch: of values [n, ...]. What links left in `extra` is not in it."""
@@ -175,7 +195,7 @@ def ce() -> Chain:
 
 
 class Batch(NamedTuple):
-    """One batch of training data; `batch(...)` fills in what is left out."""
+    """One batch of training data; the objective fills in what is None."""
 
     inputs: jax.Array  # [B, ...]
     labels: jax.Array  # [B] int32
@@ -285,7 +305,8 @@ class Objective:
           train: False runs BatchNorm and the model's dropout in evaluation mode.
         """
         inputs, labels = jnp.asarray(data.inputs), jnp.asarray(data.labels)
-        count, num_classes = labels.shape[0], self.context.num_classes
+        count, num_classes = inputs.shape[0], self.context.num_classes
+        self._check_shapes(data, weights)
         self._check_labels(labels, data.weights)
         dtype = at_least_float32(inputs.dtype)
         targets = jax.nn.one_hot(labels, num_classes, dtype=dtype) if data.targets is None else data.targets
@@ -310,6 +331,27 @@ class Objective:
         flow, states, metrics = _Pass(self.line, self.links, tuple(states), context, train).run(flow)
         losses = flow.weights.astype(flow.value.dtype) * flow.value + flow.penalty.astype(flow.value.dtype)
         return losses.mean(), Output(states, flow.stats, metrics, losses, flow.trace["logits"])
+
+    def _check_shapes(self, data: Batch, weights: ArrayLike | None) -> None:
+        """Raises ValueError for a batch that is not one of B samples: [B, 1] against [B] would broadcast to B·B losses without a word."""
+        count = np.shape(data.inputs)[0]
+        fields = {
+            "labels": data.labels,
+            "index": data.index,
+            "weights": data.weights,
+            "targets": data.targets,
+            "weights=": weights,
+        }
+        for name, value in fields.items():
+            shape, axes = ((count, self.context.num_classes), "[B, C]") if name == "targets" else ((count,), "[B]")
+            if value is None or np.shape(value) == shape:
+                continue
+            how = "Give one entry for each sample."
+            if name != "targets" and np.shape(value) == (count, 1):
+                how = f"Write {name.strip('=')}[:, 0]."
+            if name == "labels" and np.shape(value) == (count, self.context.num_classes):
+                how = "Write labels.argmax(1), and the rows themselves as targets=."
+            raise ValueError(f"objective needs {name} {axes} = {shape}, got {np.shape(value)}. {how}")
 
     def _check_labels(self, labels: jax.Array, weights: ArrayLike | None) -> None:
         """Raises ValueError for labels outside 0..C-1 where they can be seen; those of samples with weight 0 are padding."""
@@ -454,8 +496,9 @@ class _Pass:
         return self.context._replace(key=jax.random.fold_in(key, i), site=link.site, name=link.name)
 
     def _rest(self, flow: Flow, number: int, first_link: int, key: jax.Array) -> Rest:
-        def run(value, other_key):
-            end = self._walk(flow._replace(value=value), number, first_link, key if other_key is None else other_key)
+        def run(value, other_key, other):
+            begin = flow._replace(value=value, **other)
+            end = self._walk(begin, number, first_link, key if other_key is None else other_key)
             return end.value, end
 
         return Rest(run, lambda rows: self._rest(_taken(flow, rows), number, first_link, key))
@@ -517,7 +560,7 @@ class _Pass:
         before = flow.value
         for i, link in enumerate(self.links):
             if link.site == "logit_gradient":
-                none = Rest(lambda value, key: (end.value, end))  # the losses don't depend on their own gradient
+                none = Rest(lambda value, key, other: (end.value, end))  # the losses don't depend on their own gradient
                 context = self._of(i, self.context.key)._replace(pullback=functools.partial(self._pullback, start))
                 flow, state, found = link.apply(flow, none, self.states[i], context)
                 keep(i, state, found)
@@ -564,6 +607,11 @@ def _collected(links: Chain, reports: list[tuple[int, Mapping[str, jax.Array]]])
                     full = f"{site}#{int(full.removeprefix(site)[1:] or 1) + 1}"
                 metrics[full] = value
     return metrics
+
+
+def reached(progress: ArrayLike, start: ArrayLike) -> jax.Array:
+    """Whether the share `progress` of a run has come to `start`: epoch 160 of 200 has begun at 0.8, whatever float32 makes of 160/200."""
+    return jnp.asarray(progress, jnp.float32) >= jnp.asarray(start, jnp.float32) - CLOSE
 
 
 def clean_logits(flow: Flow, logits: jax.Array) -> jax.Array:

@@ -198,6 +198,20 @@ def test_rest_flow_has_the_end_of_the_pass():
     close(end.targets, 0.7 * np.eye(C)[LABELS] + 0.1)
 
 
+def test_rest_flow_of_other_samples_has_their_labels():
+    """And what is given as left behind by links before, of which there is nothing here."""
+    ends = []
+    lifted = lambda flow: flow._replace(value=flow.value + jax.nn.one_hot(flow.labels, C) * len(flow.extra))
+
+    def apply(flow, rest, state, context):
+        others = (flow.labels + 1) % C
+        ends.extend([rest.flow(flow.value)[1], rest.flow(flow.value, labels=others, extra={"one": 1, "two": 2})[1]])
+        return flow, state, {}
+
+    run(pj.chain(pj.Perturbation("input", lambda c: (), apply, search=True), link("logits", lifted)))
+    close(ends[1].trace["logits"], ends[0].trace["logits"] + 2 * np.eye(C)[(np.array(LABELS) + 1) % C])
+
+
 def counting(names):
     """The model, noting which of its stretches run."""
     note = lambda name: lambda w, x: names.append(name) or PIECES[name](w, x)
@@ -604,6 +618,25 @@ def test_the_objective_says_which_labels_are_none_unless_they_have_no_weight():
             run(data=pj.batch(INPUTS, wrong, weights=weights))
     run(data=pj.batch(INPUTS, wrong, weights=(wrong < C).astype(np.float32)))  # padding
     jax.jit(lambda y: run(data=pj.batch(INPUTS, y))[0])(wrong)  # can't be seen
+
+
+@pytest.mark.parametrize(
+    "fields, weights, message",
+    [
+        (dict(labels=LABELS[:, None]), None, f"labels [B] = ({B},), got ({B}, 1). Write labels[:, 0]."),
+        (dict(labels=np.eye(C)[LABELS]), None, f"labels [B] = ({B},), got ({B}, {C}). Write labels.argmax(1), and the rows"),
+        (dict(labels=LABELS[:-1]), None, f"labels [B] = ({B},), got ({B - 1},). Give one entry for each sample."),
+        (dict(weights=np.ones([B, 1])), None, f"weights [B] = ({B},), got ({B}, 1). Write weights[:, 0]."),
+        (dict(), np.ones([B, 1]), f"weights= [B] = ({B},), got ({B}, 1)"),
+        (dict(targets=np.ones([B])), None, f"targets [B, C] = ({B}, {C}), got ({B},)"),
+        (dict(index=np.arange(B + 1)), None, f"index [B] = ({B},), got ({B + 1},)"),
+    ],
+)
+def test_a_batch_is_of_b_samples(fields, weights, message):
+    """[B, 1] beside [B] would broadcast to the losses of all pairs."""
+    given = dict(labels=LABELS) | fields
+    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match=re.escape(f"objective needs {message}")):
+        run(data=pj.batch(INPUTS, given.pop("labels"), **given), weights=weights)
 
 
 def test_labels_are_checked_where_they_can_be_seen():

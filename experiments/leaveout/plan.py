@@ -13,7 +13,7 @@ from perturbjax.checks import check_choice, check_number
 from perturbjax.data import Dataset, apply_views
 from perturbjax.data.domains import pooled
 from perturbjax.training import DeviceData, Recipe, init_state
-from perturbjax.training.feed import step_size
+from perturbjax.training.feed import call_length
 
 DRAWS = ("thin", "longtail")
 """Views that keep some of the samples: they act on the pooled ones."""
@@ -165,7 +165,7 @@ def check_methods(settings: DomainsSettings, dataset: Dataset, methods: dict) ->
         try:
             recipe, wanted = recipe_of(settings, dataset, method), shared.make_numbers(settings, numbers)
             state = init_state(recipe, wanted, sample(dataset), 0)
-            steps = min(step_size(settings.steps_per_call, False), evaluate_every(settings), settings.steps)
+            steps = min(call_length(settings.steps_per_call, False), evaluate_every(settings), settings.steps)
             shared.check_step(settings, recipe, state, wanted, dataset, steps=steps)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{typed}: {error}") from error

@@ -25,7 +25,7 @@ from perturbjax.models.blocks import MOMENTUM
 from perturbjax.parameter.swad import SWADAverage, is_swad, swad_interval
 from perturbjax.training import DeviceData, Devices, Recipe, RunFolder, TrainState, init_state, predict
 from perturbjax.training.checkpoint import dump_json
-from perturbjax.training.feed import step_size
+from perturbjax.training.feed import call_length
 from perturbjax.training.loop import EVALUATION_BATCH
 from perturbjax.training.step import as_arrays, compiled_step, draw_batch
 
@@ -186,7 +186,7 @@ def averaged(settings, dataset, job: Job, recipe, data, state: TrainState, windo
 def calls(settings: DomainsSettings, split: DomainSplit, seed: int) -> Iterator[tuple[np.ndarray, int | None]]:
     """(positions [K, B] for K steps, the number of steps taken if an evaluation is due after them)."""
     every = evaluate_every(settings)
-    batches, per_call = domain_batches(split.train, settings.batch_size, seed=seed), step_size(settings.steps_per_call, False)
+    batches, per_call = domain_batches(split.train, settings.batch_size, seed=seed), call_length(settings.steps_per_call, False)
     done = 0
     while done < settings.steps:
         stop = min(done // every * every + every, settings.steps)

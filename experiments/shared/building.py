@@ -30,7 +30,7 @@ from perturbjax.training import (
     sample_data,
     split_methods,
 )
-from perturbjax.training.feed import step_size, streams
+from perturbjax.training.feed import call_length, streams
 from perturbjax.training.step import as_arrays, compiled_step, pixels
 
 
@@ -322,7 +322,7 @@ def check_step(
     JAX keeps the trace: the run that calls the same step with data of these shapes does not trace it again. steps: of one call.
     """
     devices, streamed = devices_of(settings), streams(dataset, settings.stream)
-    per_call = steps or min(step_size(settings.steps_per_call, streamed), recipe.steps_per_epoch)
+    per_call = steps or min(call_length(settings.steps_per_call, streamed), recipe.steps_per_epoch)
     like = lambda x, *before: jax.ShapeDtypeStruct((*before, *np.shape(x)[len(before) > 0 :]), x.dtype)
     index = jax.ShapeDtypeStruct((per_call, recipe.batch_size), jnp.int32)
     data = DeviceData(

@@ -39,14 +39,8 @@ def layer_effect(
 
 def comparing(context: Context, every: int) -> jax.Array:
     """Whether the sites are compared at this step: a bool made of the step alone, one for all seeds that are vmapped."""
-    per_epoch = context.steps_per_epoch
-    if per_epoch is None:
-        assert context.num_examples is not None and context.batch_size is not None
-        batch_size = context.batch_size * (1 if context.axis_name is None else int(jax.lax.psum(1, context.axis_name)))
-        per_epoch = max(1, context.num_examples // batch_size)
-    step = jnp.asarray(context.step, jnp.int32)
-    epoch = step // per_epoch
-    return (step % per_epoch == 0) & ((epoch == 0) | ((epoch - 1) % every == 0))
+    epoch = jnp.asarray(context.step, jnp.int32) // context.epoch_length()
+    return context.epoch_begins() & ((epoch == 0) | ((epoch - 1) % every == 0))
 
 
 Search = Callable[[Flow, Rest, Any, Context, Any], tuple[jax.Array, tuple[jax.Array, jax.Array], Any, dict[str, jax.Array]]]

@@ -330,6 +330,11 @@ def _checked(function: str, images: Any, labels: Any, norm: str, **sizes: float 
             f"{function} needs one label for each of at least one image, got {len(images)} images and {len(labels)} labels. "
             "Pass arrays of one length."
         )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise ValueError(
+            f"{function} needs labels 0, 1, 2, …, got {labels.dtype} from {labels.min():g}. Cast them (labels.astype('int32')), drop those "
+            "below 0."
+        )
     if images.dtype == np.uint8:
         return images, labels.astype(np.int32)
     if not np.issubdtype(images.dtype, np.floating):

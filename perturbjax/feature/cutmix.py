@@ -2,7 +2,9 @@ r"""CutMix: a box of another image is pasted in, and the label is mixed by the a
 
     x̃_i = M ⊙ x_i + (1 − M) ⊙ x_j,   ỹ_i = λ̃ y_i + (1 − λ̃) y_j,   λ̃ = mean of M = 1 − area of the box / area of the image
 
-M is 0 in a box with sides √(1 − λ) times the image's, λ ~ Beta(α, α), around a uniform point, cut off at the border.
+M is 0 in a box with sides √(1 − λ) times the image's, λ ~ Beta(α, α), around a uniform point, cut off at the border. If the box is
+more than half of the image, M is 1 inside it and 0 outside, which over a batch gives the same mixtures in another order: each then is
+mostly the sample whose label, position in the data set and domain go with it.
 As a perturbation of the feature: (1 − M) ⊙ (x_j − x_i). Source: Yun et al., "CutMix", ICCV 2019.
 """
 
@@ -64,13 +66,14 @@ def cutmix(
         partner = jax.random.permutation(pair_key, flow.labels.shape[0])
         keys = per_sample_keys(box_key, flow.index) if boxes == "sample" else box_key[None]
         inside = cutmix_boxes(keys, height, width, alpha=alpha, probability=probability)
-        weight = 1 - jnp.mean(inside.astype(flow.targets.dtype), axis=(1, 2))  # [B] or [1]
-        inside = inside.reshape(inside.shape + (1,) * (flow.value.ndim - 3))
+        share = jnp.mean(inside.astype(flow.targets.dtype), axis=(1, 2))  # of the box: [B] or [1]
+        # The larger part is a sample's own: where the box is, it gets the box. Its label, index and side then say what it mostly is.
+        theirs = inside ^ (share > 0.5)[:, None, None]
+        weight = jnp.maximum(share, 1 - share)
+        theirs = theirs.reshape(theirs.shape + (1,) * (flow.value.ndim - 3))
         return (
             flow._replace(
-                value=jnp.where(inside, flow.value[partner], flow.value),
-                targets=mix(flow.targets, weight[:, None], partner),
-                labels=jnp.where(weight >= 0.5, flow.labels, flow.labels[partner]),  # the dominant class
+                value=jnp.where(theirs, flow.value[partner], flow.value), targets=mix(flow.targets, weight[:, None], partner)
             ),
             state,
             {"weight": weight.mean()},

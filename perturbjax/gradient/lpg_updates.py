@@ -97,7 +97,7 @@ def lpg_updates(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-_NO_REST = Rest(lambda value, key: (None, None))  # the losses don't depend on their own gradient
+_NO_REST = Rest(lambda value, key, other: (None, None))  # the losses don't depend on their own gradient
 
 
 def _check_given(name: str, value: Any, how: str) -> None:

@@ -27,6 +27,7 @@ def bootstrapped_targets(
     >>> print(bootstrapped_targets(jnp.array([[1.0, 0.0]]), jnp.log(jnp.array([[0.2, 0.8]])), weight=0.5, kind="hard"))
     [[0.5 0.5]]
     """
+    check_choice("bootstrapped_targets", "kind", kind, DEFAULT_WEIGHTS)
     log_p = jax.lax.stop_gradient(log_probabilities).astype(targets.dtype)
     own = jnp.exp(log_p) if kind == "soft" else jax.nn.one_hot(jnp.argmax(log_p, -1), log_p.shape[-1], dtype=log_p.dtype)
     weight = jnp.asarray(weight, targets.dtype)

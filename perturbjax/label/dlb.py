@@ -14,19 +14,21 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.core import Context, Flow, Perturbation, Rest, clean_logits, method
 from perturbjax.loss.kd import distillation_losses
 from perturbjax.table import gather, own_share
 
-_LAST = "dlb"  # in flow.extra: (logits of the last batch now [B, C], its targets [B, C], its weights [B], whether there is one)
+_LAST = "dlb"  # in flow.extra: (logits of the last batch now [B, C], the clean ones, the Last as this device has it)
 
 
 class Last(NamedTuple):
     """The last batch, of all devices."""
 
     inputs: jax.Array  # [B, ...]
+    labels: jax.Array  # [B] int32
     targets: jax.Array  # [B, C]
     weights: jax.Array  # [B]
+    index: jax.Array  # [B] int32
     there: jax.Array  # [] bool, whether there has been one
 
 
@@ -41,7 +43,8 @@ def dlb(*, weight: ArrayLike = 1.0, temperature: ArrayLike = 3.0) -> tuple[Pertu
       weight: α; the authors' code has no default.
       temperature: T.
 
-    Links of the label and the loss act on the new batch alone; those before the logits act on both.
+    Links of the label and the loss act on the new batch alone, as do searches; all others up to the logits act on both batches, each
+    with its own labels. The distillation compares the logits without what searches and links that know the label put in.
     Metrics: distillation, the mean T²·KL; inner_evaluations of the second pass.
     """
     check_number("dlb", low=0, weight=weight)
@@ -53,22 +56,25 @@ def dlb(*, weight: ArrayLike = 1.0, temperature: ArrayLike = 3.0) -> tuple[Pertu
                 "dlb needs inputs that can be kept as they are, got texts, whose last batch had other words masked. Leave it out."
             )
         shape = context.site_shapes["input"]
-        return Last(
-            jnp.zeros(shape, float), jnp.zeros((shape[0], context.num_classes), float), jnp.zeros(shape[:1], float),
-            jnp.bool_(False),
-        )  # fmt: skip
+        count, numbers = shape[0], jnp.zeros(shape[0], jnp.int32)
+        targets = jnp.zeros((count, context.num_classes), float)
+        return Last(jnp.zeros(shape, float), numbers, targets, jnp.zeros(count, float), numbers, jnp.bool_(False))
 
     def look_again(flow: Flow, rest: Rest, state: Last, context: Context):
-        mine = lambda x: own_share(x, context.axis_name)
-        _, end = rest.flow(mine(state.inputs).astype(flow.value.dtype))
-        last = end.trace["logits"], mine(state.targets), mine(state.weights), state.there
+        last = Last(*(own_share(x, context.axis_name) if x.ndim else x for x in state))
+        # With the last batch's own labels, which links at the logits may know; what others left in `extra` is about the new one.
+        _, end = rest.flow(
+            last.inputs.astype(flow.value.dtype), labels=last.labels.astype(flow.labels.dtype),
+            targets=last.targets.astype(flow.targets.dtype), index=last.index.astype(flow.index.dtype), extra={},
+        )  # fmt: skip
+        now = end.trace["logits"], clean_logits(end, end.trace["logits"]), last
         kept = lambda new, old: gather(jax.lax.stop_gradient(new), context.axis_name).astype(old.dtype)
         state = Last(
-            kept(flow.value, state.inputs), kept(flow.targets, state.targets), kept(flow.weights, state.weights),
-            jnp.ones_like(state.there),
+            kept(flow.value, state.inputs), kept(flow.labels, state.labels), kept(flow.targets, state.targets),
+            kept(flow.weights, state.weights), kept(flow.index, state.index), jnp.ones_like(state.there),
         )  # fmt: skip
         # A pass that trains the network: three units of work, where an inner evaluation has two.
-        return flow._replace(extra={**flow.extra, _LAST: last}), state, {"inner_evaluations": jnp.float32(1.5)}
+        return flow._replace(extra={**flow.extra, _LAST: now}), state, {"inner_evaluations": jnp.float32(1.5)}
 
     def init_logits(context: Context) -> jax.Array:
         return jnp.zeros((context.batch_size, context.num_classes), float)
@@ -76,17 +82,20 @@ def dlb(*, weight: ArrayLike = 1.0, temperature: ArrayLike = 3.0) -> tuple[Pertu
     def compare(flow: Flow, rest: Rest, state: jax.Array, context: Context):
         if _LAST not in flow.extra:  # inside the second pass, or another link's search
             return flow, state, {}
-        now, targets, weights, there = flow.extra[_LAST]
+        logits, now, (_, _, targets, weights, _, there) = flow.extra[_LAST]
         then = own_share(state, context.axis_name).astype(now.dtype)
         t = jnp.asarray(temperature, now.dtype)
         taught = t**2 * distillation_losses(now, then, temperature=t)
-        cross_entropy = -jnp.sum(targets.astype(now.dtype) * jax.nn.log_softmax(now), axis=-1)
+        cross_entropy = -jnp.sum(targets.astype(now.dtype) * jax.nn.log_softmax(logits), axis=-1)
         paid = weights.astype(now.dtype) * (cross_entropy / 2 + jnp.asarray(weight, now.dtype) * taught)
-        state = gather(jax.lax.stop_gradient(flow.value), context.axis_name).astype(state.dtype)
+        clean = clean_logits(
+            flow, flow.trace["logits"]
+        )  # of links that search or know the label only one of the passes has all
+        state = gather(jax.lax.stop_gradient(clean), context.axis_name).astype(state.dtype)
         flow = flow._replace(
             penalty=flow.penalty + jnp.where(there, paid, 0).astype(flow.penalty.dtype),
             weights=flow.weights * jnp.where(there, 0.5, 1.0).astype(flow.weights.dtype),
         )
         return flow, state, {"distillation": jnp.where(there, jnp.mean(taught), 0)}
 
-    return Perturbation("input", init_inputs, look_again, search=True), Perturbation("logits", init_logits, compare)
+    return Perturbation("input", init_inputs, look_again, search=True), Perturbation("prediction", init_logits, compare)

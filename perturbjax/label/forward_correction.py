@@ -44,6 +44,7 @@ def noise_matrix(kind: Literal["symmetric", "pair"], num_classes: int, rate: Arr
      [0.   0.75 0.25]
      [0.25 0.   0.75]]
     """
+    check_choice("noise_matrix", "kind", kind, ("symmetric", "pair"))
     one, rate = jnp.eye(num_classes), jnp.asarray(rate, float)
     return (1 - rate) * one + rate * (jnp.full_like(one, 1 / num_classes) if kind == "symmetric" else jnp.roll(one, 1, axis=1))
 
@@ -105,7 +106,7 @@ def forward_correction(
         log_p = flow.value
         through = lambda t: forward_corrected(log_p, t.astype(log_p.dtype))
         if kind == "estimated":
-            plain = jnp.asarray(context.progress) < start
+            plain = ~context.begun(start)
             state = _estimate(state, jax.lax.stop_gradient(log_p), plain, context)
             t, value = state.transition, jnp.where(plain, log_p, through(state.transition))
         elif kind == "learned":

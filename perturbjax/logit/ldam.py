@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_choice, check_number, is_traced
-from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
+from perturbjax.checks import check_choice, check_class_counts, check_number, is_traced
+from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method, reached
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale, of_labels
+from perturbjax.loss.class_weighting import class_weights
 
 
 def ldam_margins(class_counts: ArrayLike, *, margin: ArrayLike = 0.5) -> jax.Array:
@@ -29,12 +30,7 @@ def ldam_margins(class_counts: ArrayLike, *, margin: ArrayLike = 0.5) -> jax.Arr
     >>> print(ldam_margins(jnp.array([1600, 100])))
     [0.25 0.5 ]
     """
-    if not is_traced(class_counts) and (np.asarray(class_counts) <= 0).any():
-        empty = np.flatnonzero(np.asarray(class_counts) <= 0)
-        raise ValueError(
-            f"ldam needs at least one sample of every class, got none of class {empty[0]}. "
-            "Drop the class, or relabel so that the labels are 0..C-1 without gaps."
-        )
+    check_class_counts("ldam", class_counts)
     n = jnp.asarray(class_counts, float)
     return jnp.asarray(margin, n.dtype) * (n.min() / n) ** 0.25
 
@@ -47,12 +43,7 @@ def deferred_weights(
     >>> print(np.asarray(deferred_weights(jnp.array([100, 50]), progress=0.9)).round(2))
     [0.67 1.33]
     """
-    n = jnp.asarray(class_counts, float)
-    beta = jnp.asarray(beta, n.dtype)
-    raw = 1 / -jnp.expm1(n * jnp.log(beta))  # keeps 1 − β^n for β near 1
-    # The guard: epoch 160 of 200 has begun at 0.8, whatever the division made of it.
-    begun = jnp.asarray(progress, jnp.float32) >= jnp.asarray(start, jnp.float32) - 1e-6
-    return jnp.where(begun, raw * (n.shape[0] / raw.sum()), 1)
+    return jnp.where(reached(progress, start), class_weights(class_counts, kind="effective", beta=beta), 1)
 
 
 @method(

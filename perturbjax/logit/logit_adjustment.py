@@ -9,10 +9,9 @@ Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_number, is_traced
+from perturbjax.checks import check_class_counts, check_number
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 
 
@@ -25,12 +24,7 @@ def logit_adjustment_delta(class_counts: ArrayLike, *, tau: ArrayLike = 1.0) -> 
     >>> print(np.asarray(logit_adjustment_delta(np.array([75, 25]))).round(3))
     [-0.288 -1.386]
     """
-    if not is_traced(class_counts) and (np.asarray(class_counts) <= 0).any():
-        empty = np.flatnonzero(np.asarray(class_counts) <= 0)
-        raise ValueError(
-            f"logit_adjustment needs at least one sample of every class, got none of class {empty[0]}. "
-            "Drop the class, or relabel so that the labels are 0..C-1 without gaps."
-        )
+    check_class_counts("logit_adjustment", class_counts)
     counts = jnp.asarray(class_counts, float)
     return jnp.asarray(tau, counts.dtype) * jnp.log(counts / counts.sum())
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_choice, check_number, check_samples
+from perturbjax.checks import check_choice, check_number, check_samples, is_traced
 from perturbjax.classes import at_least_float32, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
 from perturbjax.inference.proximal import CROSS_ENTROPY_STEP, REGULARISERS, Regulariser, proximal_search, proximal_step
@@ -133,6 +133,14 @@ def logpert(
     check_number("logpert", low=0, high=0.999, decay=decay)
     check_choice("logpert", "norm", norm, REGULARISERS)
     check_choice("logpert", "inference", inference, SEARCHES)
+    for name, given, used_by in (
+        ("step_size", step_size is not None, ("acs", "joint")), ("num_steps", num_steps != 1, ("acs",)),
+        ("decay", not is_traced(decay) and decay != 0.9, ("joint",)), ("milestones", milestones != (), ("joint",)),
+    ):  # fmt: skip
+        if given and inference not in used_by:
+            raise ValueError(
+                f"logpert uses {name} with inference={' or '.join(used_by)} only, got inference={inference}. Leave it out."
+            )
     rate = STEP_SIZES[inference] if step_size is None else step_size
 
     def init(context: Context) -> LogPertState:
@@ -185,7 +193,7 @@ def logpert(
         momentum = add(momentum, flow.index, gradient / batch, axis_name=context.axis_name)
         now = jnp.asarray(rate, momentum.dtype)
         for milestone in milestones:
-            now = jnp.where(jnp.asarray(context.progress) >= milestone, now / 10, now)
+            now = jnp.where(context.begun(milestone), now / 10, now)
         return delta, state._replace(delta=state.delta - now * momentum, momentum=momentum)
 
     tables = memory or inference != "exact"

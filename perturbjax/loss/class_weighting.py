@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_choice, check_number, is_traced
+from perturbjax.checks import check_choice, check_class_counts, check_number, is_traced
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 
 KINDS = ("none", "balanced", "effective")
@@ -32,12 +32,11 @@ def class_weights(
     >>> print(class_weights(jnp.array([30, 10])).round(3))
     [0.667 2.   ]
     """
-    if kind != "none" and not is_traced(class_counts) and (np.asarray(class_counts) <= 0).any():
-        empty = np.flatnonzero(np.asarray(class_counts) <= 0)
-        raise ValueError(f"class_weighting needs samples of every class, got none of class {empty[0]}. Drop the class.")
+    check_choice("class_weights", "kind", kind, KINDS)
     n = jnp.asarray(class_counts, float)
     if kind == "none":
         return jnp.ones_like(n)
+    check_class_counts("class_weights", class_counts)
     if kind == "balanced":
         return n.sum() / (n.shape[0] * n)
     # expm1 keeps 1 − β^n for β near 1; what float32 makes of 1 − β itself drops out of the proportions.

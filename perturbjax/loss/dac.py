@@ -73,7 +73,7 @@ def dac(*, start: ArrayLike = 0.1, weight: ArrayLike = 1.0, factor: ArrayLike = 
         logits, abstention = flow.trace["logits"], wide(flow.trace["outputs"])[:, -1]
         real = log_real(logits, abstention.astype(logits.dtype))
         progress, begin = jnp.asarray(context.progress, jnp.float32), jnp.asarray(start, jnp.float32)
-        first = progress < begin
+        first = ~context.begun(start)
 
         now = jax.lax.stop_gradient(jnp.mean(jnp.exp(real) * flow.value)).astype(jnp.float32)
         if context.axis_name is not None:

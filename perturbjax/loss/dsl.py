@@ -31,7 +31,6 @@ class DSLState(NamedTuple):
     count: jax.Array  # [C] int32, how many were ever written; number i stands in row i mod n
     prototypes: jax.Array  # [C, L, d] float32
     chosen: jax.Array  # [C, L] bool, which of them there are
-    epoch: jax.Array  # [] int32, the epoch that the prototypes were chosen in
 
 
 def choose_prototypes(
@@ -134,7 +133,7 @@ def dsl(
         size = max(min(num_samples, most), num_prototypes)
         empty = lambda n: jnp.zeros([classes, n, shape[1]], jnp.float32)
         none = jnp.zeros([classes, num_prototypes], bool)
-        return DSLState(empty(size), jnp.zeros([classes], jnp.int32), empty(num_prototypes), none, jnp.int32(0))
+        return DSLState(empty(size), jnp.zeros([classes], jnp.int32), empty(num_prototypes), none)
 
     def choose(state: DSLState) -> tuple[jax.Array, jax.Array]:
         filled = jnp.arange(state.features.shape[1], dtype=jnp.int32)[None] < state.count[:, None]
@@ -142,10 +141,10 @@ def dsl(
         return jax.lax.map(of_class, (state.features, filled))  # one class after the other, for memory
 
     def apply(flow: Flow, rest: Rest, state: DSLState, context: Context):
-        epoch = jnp.asarray(context.epoch, jnp.int32)
         keep = lambda state: (state.prototypes, state.chosen)
-        prototypes, chosen = jax.lax.cond(epoch != state.epoch, choose, keep, state)
-        state = state._replace(prototypes=prototypes, chosen=chosen, epoch=epoch)
+        due = context.epoch_begins() & (jnp.asarray(context.step) > 0)
+        prototypes, chosen = jax.lax.cond(due, choose, keep, state)
+        state = state._replace(prototypes=prototypes, chosen=chosen)
 
         features, log_p = jax.lax.stop_gradient(flow.trace["features"]), flow.trace["prediction"]
         suggested = prototype_labels(features, prototypes, chosen)

@@ -28,6 +28,7 @@ def self_paced_losses(losses: jax.Array, threshold: ArrayLike, *, kind: Literal[
     >>> print(self_paced_losses(jnp.array([1.0, 4.0]), 2.0))
     [1. 2.]
     """
+    check_choice("self_paced_losses", "kind", kind, ("hard", "linear"))
     limit = jax.lax.stop_gradient(jnp.asarray(threshold, losses.dtype))
     if kind == "hard":
         return jnp.where(losses <= limit, losses, limit)

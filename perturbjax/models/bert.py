@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perturbjax.models.net import at_least_float32
+from perturbjax.classes import at_least_float32
 from perturbjax.models.safetensors import read_safetensors
 from perturbjax.models.text import Embedding, TextNet, masked_softmax
 

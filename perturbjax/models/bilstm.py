@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from perturbjax.models.net import at_least_float32
+from perturbjax.classes import at_least_float32
 from perturbjax.models.text import Embedding, TextNet, masked_softmax
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from perturbjax.classes import at_least_float32
 
 
 class Net(nn.Module, kw_only=True):
@@ -149,11 +150,6 @@ class Head(nn.Module):
             return self.scale * (unit(features, axis=1) @ unit(kernel, axis=0))
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
         return features @ kernel + bias.astype(features.dtype)[None]
-
-
-def at_least_float32(dtype) -> np.dtype:
-    """The type of statistics, features and logits where the layers compute in `dtype`."""
-    return np.promote_types(dtype, np.float32)  # jnp.promote_types refuses (bfloat16, float32) under strict promotion
 
 
 def pooled(x: jax.Array) -> jax.Array:

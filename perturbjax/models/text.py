@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from perturbjax.models.net import Net, at_least_float32
+from perturbjax.classes import at_least_float32
+from perturbjax.models.net import Net
 
 
 class TextNet(Net, kw_only=True):

@@ -32,6 +32,8 @@ class AMPState(NamedTuple):
 def amp_project(delta: optax.Updates, *, radius: ArrayLike, norm: Literal["global", "tensor"] = "global") -> optax.Updates:
     """The nearest point of the l2 ball: of all leaves together, or of each leaf by itself."""
 
+    check_choice("amp_project", "norm", norm, NORMS)
+
     def shrunk(tree):
         size = jnp.sqrt(dot(tree, tree))
         bound = jnp.asarray(radius, size.dtype)

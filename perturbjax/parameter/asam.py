@@ -32,6 +32,8 @@ class ASAMState(NamedTuple):
 def asam_scale(params: optax.Params, *, eta: ArrayLike = 0.01, adaptive: Literal["all", "weights"] = "all") -> optax.Params:
     """T = |w| + η in at least float32; 1 for the biases (leaves whose own name contains "bias") with "weights"."""
 
+    check_choice("asam_scale", "adaptive", adaptive, ADAPTIVE)
+
     def scale(path, w):
         size = jnp.abs(wide(w)) + jnp.asarray(eta, wide(w).dtype)
         named = jax.tree_util.keystr(path[-1:]).lower() if path else ""

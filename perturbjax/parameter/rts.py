@@ -19,6 +19,8 @@ from perturbjax.core import method
 from perturbjax.parameter.ascent import move, require, to_climb, unit_tree, widen
 from perturbjax.parameter.timing import Place, Setting, Timing, always, at, check_setting, never
 
+ASCENTS = ("weighted", "gradient")
+
 
 class RTSState(NamedTuple):
     """State of `rts`."""
@@ -32,6 +34,7 @@ def rts_ascent(
     params: optax.Params, grads: optax.Updates, *, ascent: Literal["weighted", "gradient"] = "weighted"
 ) -> optax.Updates:
     """The direction to climb, of length 1 over all parameters: |w| ⊙ g ("weighted") or g ("gradient"), normalised."""
+    check_choice("rts_ascent", "ascent", ascent, ASCENTS)
     if ascent == "gradient":
         return unit_tree(grads)
     return unit_tree(jax.tree.map(lambda w, g: jnp.abs(w).astype(g.dtype) * g, params, grads))
@@ -72,7 +75,7 @@ def rts(
     Raises ValueError for a negative radius or scale where the host can see it. A schedule that turns negative within jit gives nan.
     """
     check_setting("rts", radius=radius, scale=scale)
-    check_choice("rts", "ascent", ascent, ("weighted", "gradient"))
+    check_choice("rts", "ascent", ascent, ASCENTS)
     check_choice("rts", "inactive", inactive, ("plain", "unit"))
     if not isinstance(timing, Timing):
         raise ValueError(f"rts needs timing to be one of the timings, got {timing!r}. Write timing=pj.last(0.5).")

@@ -23,8 +23,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, is_traced
 from perturbjax.classes import wide
+from perturbjax.core import CLOSE, reached
 
-CLOSE = 1e-6  # of the run: 0.3 · 10 steps are 3 steps, whatever float32 makes of 3/10
 LOOKED_AT = (0, 1, 10)  # steps at which a schedule's values are checked on the host
 
 
@@ -179,7 +179,7 @@ class Timing:
             return False, memory
         now: Any = True
         if self.start > 0:
-            now = place.need("timing", "progress") + CLOSE >= self.start
+            now = reached(place.need("timing", "progress"), self.start)
         if self.stride > 1:
             now = (place.step % self.stride == 0) & now
         return now, memory

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -87,6 +88,23 @@ class Checkpoints:
 
         Raises NewerCheckpoint for one written by a later version, ValueError for one of another structure.
         """
+
+        def put_aside(step: int, error: Exception) -> None:
+            aside = self.folder.with_name(f"damaged-{step}")
+            say(f"checkpoint {step} is damaged ({_first_line(error)}): put aside as {aside.name}, the one before it is taken.")
+            self._put_aside(step, aside)
+
+        found = self.newest(put_aside)
+        if found is None:
+            return None
+        step, tree, progress = found
+        return step, from_tree(tree, like), progress
+
+    def newest(self, damaged: Callable[[int, Exception], None]) -> tuple[int, dict, dict] | None:
+        """(step, the state as a tree of arrays, progress) of the newest checkpoint whose checksums agree, or None.
+
+        damaged: called with the step of each newer one that can't be read, and why. Raises NewerCheckpoint.
+        """
         _silence_late_readers()
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -102,13 +120,9 @@ class Checkpoints:
             except (NewerCheckpoint, MemoryError, PermissionError):
                 raise
             except Exception as error:  # whatever Orbax, TensorStore or JSON say of broken files
-                aside = self.folder.with_name(f"damaged-{step}")
-                say(
-                    f"checkpoint {step} is damaged ({_first_line(error)}): put aside as {aside.name}, the one before it is taken."
-                )
-                self._put_aside(step, aside)
+                damaged(step, error)
                 continue
-            return step, from_tree(tree, like), progress
+            return step, tree, progress
         return None
 
     def _read(self, step: int, **items: Any) -> Any:
@@ -230,7 +244,7 @@ def _first_line(error: BaseException) -> str:
 def load_variables(folder: str | pathlib.Path) -> dict:
     """{"params", "batch_stats"} of the newest checkpoint of a run's folder, as numpy arrays: nothing else need be known of the run.
 
-    Raises FileNotFoundError if there is none.
+    Damaged ones are passed over with a warning. Raises FileNotFoundError if there is none, ValueError if all are damaged.
     """
     root = pathlib.Path(folder)
     checkpoints = root / "checkpoints"
@@ -247,12 +261,22 @@ def load_variables(folder: str | pathlib.Path) -> dict:
     with Checkpoints(checkpoints) as found:
         if found.latest is None:
             raise FileNotFoundError(f"load_variables needs a checkpoint, got none in {str(checkpoints)!r}. Train first.")
-        state = found._read(found.latest, state=ocp.args.StandardRestore()).state
+        passed_over = lambda step, error: warnings.warn(
+            f"checkpoint {step} in {str(checkpoints)!r} is damaged ({_first_line(error)}): the one before it is taken.",
+            stacklevel=3,
+        )
+        newest = found.newest(passed_over)
+    if newest is None:
+        raise ValueError(f"load_variables needs a checkpoint that can be read, got damaged ones only in {str(checkpoints)!r}.")
+    state = newest[1]
     return {"params": state["params"], "batch_stats": state.get("stats", {})}
 
 
 def dump_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that the file is the old one or the new one, never half of it."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
+    with open(part, "w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)

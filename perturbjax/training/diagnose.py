@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from perturbjax.chains import split_methods
 from perturbjax.data import Dataset
@@ -51,7 +52,7 @@ def explain(recipe: Recipe, dataset: Dataset, numbers: dict, seed: int, state: T
     feed = Feed(recipe, [dataset], [seed], Devices(), 1, streamed, False)
     data, arrays, step = feed.data(), as_arrays(numbers), compiled_step(recipe)
     before: tuple[TrainState, Call] | None = None
-    for call in feed._calls(int(state.step)):
+    for call in feed.calls_here(int(state.step)):
         if call.first > last:
             break
         kept = jax.tree.map(jnp.copy, state)
@@ -115,7 +116,7 @@ class _Step:
         arguments, updates = update_arguments(made, self.state, self.recipe, batch, value, grads), grads
         for number, (link, state) in enumerate(zip(transforms, self.state.opt_state, strict=False), start=1):
             before = largest(updates)[1]
-            updates, _ = link.update(updates, state, trained, **arguments)
+            updates, _ = optax.with_extra_args_support(link).update(updates, state, trained, **arguments)
             name, size = largest(updates)
             if not math.isfinite(size):
                 return (

@@ -88,10 +88,11 @@ class Feed:
 
     def calls(self, step: int) -> Generator[Call, None, None]:
         """All calls from the one that begins after `step` steps to the end of training."""
-        made = self._calls(step)
+        made = self.calls_here(step)
         return ahead(made, AHEAD) if self.streamed else made
 
-    def _calls(self, step: int) -> Generator[Call, None, None]:
+    def calls_here(self, step: int) -> Generator[Call, None, None]:
+        """The same, made in this thread."""
         per_epoch, per_call = self.recipe.steps_per_epoch, self.steps_per_call
         for epoch in range(step // per_epoch, self.recipe.epochs):
             order = self._order(epoch)
@@ -167,7 +168,7 @@ def ahead(items: Iterator, count: int) -> Generator:
         thread.join()
 
 
-def step_size(steps_per_call: int | None, streamed: bool) -> int:
+def call_length(steps_per_call: int | None, streamed: bool) -> int:
     """Steps of one device call: as wished; or 1 on CPU (a loop around convolutions is slow there) and for streamed images, else 100."""
     if steps_per_call is not None:
         if steps_per_call < 1:

@@ -21,7 +21,7 @@ from perturbjax.data import Dataset, evaluation_batches
 from perturbjax.training.checkpoint import Checkpoints
 from perturbjax.training.devices import Devices, from_host, to_host
 from perturbjax.training.diagnose import Trouble, explain
-from perturbjax.training.feed import Call, Feed, same_arrays, stacked, step_size, streams
+from perturbjax.training.feed import Call, Feed, call_length, same_arrays, stacked, streams
 from perturbjax.training.folder import RunFolder, keep_model
 from perturbjax.training.history import History, every_epoch
 from perturbjax.training.interrupt import Interrupted, on_request
@@ -175,7 +175,7 @@ class _Training:
         streamed = streams(datasets[0], options.stream, copies=1 if same_arrays(datasets) else len(runs))
         self.feed = Feed(
             recipe, datasets, [r.seed for r in runs], self.devices,
-            step_size(options.steps_per_call, streamed), streamed, self.many,
+            call_length(options.steps_per_call, streamed), streamed, self.many,
         )  # fmt: skip
         states = [init_state(recipe, r.numbers, sample_data(r.dataset), r.seed) for r in runs]
         self.start = stacked(states)._replace(step=states[0].step) if self.many else states[0]
@@ -472,7 +472,8 @@ def training_losses(
 ):
     """(plain losses, perturbed losses, labels) of up to `batches` training batches at this state; None for an empty chain.
 
-    The perturbed ones are what the training step sees: it runs on copies of the state, so there is no further program to compile.
+    The perturbed ones are what the training step sees: one step at a time on copies of the state, on one device, which is the program
+    that is there already unless the training had several devices, seeds side by side, or several steps in a call.
     """
     if not split_methods(recipe.build(numbers["method"]))[0]:
         return None

@@ -78,6 +78,12 @@ class Schedule:
         [1.0, 1.0, 0.1, 0.01]
         """
         warmup = round(self.warmup_epochs * steps_per_epoch)
+        if warmup > total_steps:
+            epochs = total_steps / steps_per_epoch
+            raise ValueError(
+                f"Schedule needs a warm-up within the run, {epochs:g} epochs, got warmup_epochs={self.warmup_epochs:g}: it would never reach "
+                f"the base learning rate. Write warmup_epochs={epochs / 10:g}, or train for more epochs."
+            )
         boundaries = [round(milestone * steps_per_epoch) for milestone in self.milestones]
         if self.milestones and self.milestones[-1] * steps_per_epoch >= total_steps:
             epochs = total_steps / steps_per_epoch

@@ -8,6 +8,8 @@ import pytest
 import perturbjax as pj
 from tests.label.problem import B, C, D, batches, losses, numeric_gradient, run, softmax, weights
 
+COUNTS = np.arange(1, C + 1)
+
 
 @pytest.fixture(autouse=True)
 def float64():
@@ -57,6 +59,39 @@ def test_sample_weights_belong_to_their_batch():
     out, _ = run(w, x2, y2, pj.dlb(weight=0.0), states=out.states)
     expected = losses(x2 @ w, np.eye(C)[y2]).mean() / 2 + (np.arange(1, B + 1) * losses(x @ w, np.eye(C)[y])).mean() / 2
     np.testing.assert_allclose(out.losses.mean(), expected, rtol=1e-9)
+
+
+def one_hot(y):
+    return np.eye(C)[y]
+
+
+KNOWING = {
+    # what a link makes of the logits u of samples with labels y, and whether the distillation sees it
+    "adjusted": (lambda: pj.logit_adjustment(), lambda u, y: u + np.log(COUNTS / COUNTS.sum()), True),
+    "margins": (lambda: pj.cosface(margin=0.4, scale=1.0), lambda u, y: u - 0.4 * one_hot(y), False),
+}
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["dlb first", "dlb last"])
+@pytest.mark.parametrize("name", KNOWING)
+def test_beside_links_at_the_logits_each_batch_has_its_own_labels(name, order):
+    make, logits, seen = KNOWING[name]
+    links, states, w, last = pj.chain(*[pj.dlb(weight=0.7, temperature=3.0), make()][::order]), None, weights(), None
+    line = pj.line(lambda w, x: x @ w, scale=1.0)
+    made = pj.objective(line, links, num_classes=C, class_counts=COUNTS)
+    for x, y, _ in batches(3):
+        states = made.init(w, jnp.asarray(x)) if states is None else states
+        _, out = made(jnp.asarray(w), states, pj.batch(jnp.asarray(x), jnp.asarray(y)))
+        states, expected = out.states, losses(logits(x @ w, y), one_hot(y)).mean()
+        if last is not None:
+            x_then, y_then, u_then = last
+            u_now = x_then @ w
+            of = (lambda u, y=y_then: logits(u, y)) if seen else (lambda u: u)
+            again = losses(logits(u_now, y_then), one_hot(y_then)).mean()
+            expected = expected / 2 + again / 2 + 0.7 * 9 * kl(of(u_now), of(u_then), 3.0).mean()
+        np.testing.assert_allclose(out.losses.mean(), expected, rtol=1e-9)
+        last = x, y, x @ w
+        w = w + 0.1
 
 
 def test_running_statistics_are_those_of_the_new_batch():

@@ -295,6 +295,15 @@ def test_errors_say_what_was_given(problem):
         pj.logpert(inference="joined")
     with pytest.raises(ValueError, match="logpert needs norm to be one of its names, got 'l0'"):
         pj.logpert(norm="l0")
+    for settings in (
+        dict(step_size=1.0),
+        dict(num_steps=2),
+        dict(decay=0.5),
+        dict(milestones=(0.5,)),
+        dict(inference="joint", num_steps=2),
+    ):
+        with pytest.raises(ValueError, match=r"logpert uses \w+ with inference=(acs|joint|acs or joint) only, got inference="):
+            pj.logpert(**settings)
     for settings in (dict(inference="acs"), dict(inference="joint"), dict(memory=True)):
         with pytest.raises(ValueError, match="logpert needs num_examples for .*, got none. Pass pj.objective"):
             objective(pj.logpert(**settings), num_examples=None).init(w, x)

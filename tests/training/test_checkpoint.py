@@ -102,6 +102,10 @@ def test_a_damaged_newest_one_is_put_aside_and_the_one_before_taken(tmp_path, da
         (newest / "state" / "_METADATA").write_bytes(b"\xff\xfe")
     else:
         (newest / "progress" / "metadata").write_text("{")
+    with pytest.warns(UserWarning, match=r"checkpoint 3 in '.*' is damaged \(.*\): the one before it is taken"):
+        before = load_variables(tmp_path)["params"]  # which only looks
+    np.testing.assert_array_equal(jax.tree.leaves(before)[0], jax.tree.leaves(state(2).params)[0])
+    assert newest.is_dir()
     said = []
     step, found, _ = read(tmp_path / "checkpoints", said)
     assert step == 2

@@ -70,6 +70,12 @@ def test_counts_may_be_python_numbers_and_lie_beyond_the_end():
         assert float(factor(10 * TOTAL)) == pytest.approx({"cosine": 0, "constant": 1, "step": 0.1}[schedule.kind])
 
 
+def test_a_warm_up_ends_within_the_run():
+    with pytest.raises(ValueError, match="a warm-up within the run, 3 epochs, got warmup_epochs=5: .* Write warmup_epochs=0.3"):
+        Schedule(warmup_epochs=5).factor(10, 30)
+    Schedule(warmup_epochs=3).factor(10, 30)
+
+
 def test_it_drives_an_optimiser_under_jit_and_scan():
     factor = Schedule("step", warmup_epochs=0, milestones=(1, 2)).factor(2, 6)
     tx = optax.sgd(lambda count: 0.5 * factor(count))
