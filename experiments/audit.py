@@ -19,7 +19,6 @@ import dataclasses
 import html
 import importlib.util
 import io
-import json
 import pathlib
 import time
 from typing import Any
@@ -38,7 +37,7 @@ from perturbjax.checks import check_choice, check_number
 from perturbjax.data import Dataset, epoch_order, pack
 from perturbjax.data.dataset import take
 from perturbjax.training import History, Recipe, RunFolder, TimedStep, cost_ratios, first_batch, fit, init_state, sample_data
-from perturbjax.training.checkpoint import Checkpoints
+from perturbjax.training.checkpoint import Checkpoints, dump_json
 from perturbjax.training.devices import to_host
 
 
@@ -108,6 +107,9 @@ def main(argv: list[str]) -> None:
         shared.print_notes(dataset, console, settings)
         numbers = shared.make_numbers(settings, numbers)
         recipe = shared.make_recipe(settings, dataset, method, shared.channel_stats(settings))
+        compares = dataset.flipped.any() and settings.folds and importlib.util.find_spec("cleanlab") is not None
+        if settings.evidence == "folds" or compares:
+            check_folds(settings, dataset)
         if settings.evidence == "memory":
             check_all_seen(settings, recipe)
             found = from_memory(settings, recipe, numbers, dataset, folder.path)
@@ -122,12 +124,13 @@ def main(argv: list[str]) -> None:
         (folder.path / "sheet.html").write_text(sheet(dataset, order[: settings.top], score, flagged, suggestion))
         write_cleaned(folder.path / "cleaned.npz", dataset, flagged, suggestion, relabel=settings.clean == "relabel")
         # The rest says how good and how dear that was: an error there leaves the files.
+        dump_json(folder.path / "audit.json", report)
         if settings.evidence == "memory":
             report["cost"] = {"recorder": recorder_cost(settings, recipe, numbers, dataset)}
         if report["noise_rate"]["true"] is not None and settings.folds:
             report["baselines"]["cleanlab"] = cleanlab(settings, recipe, numbers, dataset, folder.path, console)
         report["seconds"] = time.perf_counter() - began
-        (folder.path / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
+        dump_json(folder.path / "audit.json", report)
         show(report, folder.path, console)
 
 
@@ -158,6 +161,16 @@ def check_all_seen(settings: AuditSettings, recipe: Recipe) -> None:
                 f"audit.py needs to train on every sample at least once, got --epochs {recipe.epochs} with --batch-size {recipe.batch_size}, "
                 f"which leave {unseen.sum()} of {unseen.size} out. Write --epochs {recipe.epochs + 1} or more, or a smaller --batch-size."
             )
+
+
+def check_folds(settings: AuditSettings, dataset: Dataset) -> None:
+    """Raises ValueError if a class has fewer samples than there are folds."""
+    fewest = int(dataset.class_counts.min())
+    if fewest < settings.folds:
+        raise ValueError(
+            f"--folds needs at least that many samples of every class, got {settings.folds} folds and a class of {fewest}. "
+            f"Write --folds {fewest if fewest > 1 else 0}."
+        )
 
 
 def run_identity(settings: AuditSettings, dataset: Dataset) -> dict:
@@ -193,26 +206,21 @@ def from_folds(settings: AuditSettings, recipe: Recipe, numbers: dict, dataset: 
 def trained(settings, recipe: Recipe, numbers: dict, dataset: Dataset, seed: int, path: pathlib.Path) -> tuple[History, Any]:
     """(history, the first link's state) of one training in a folder of its own; a finished one is read from its last checkpoint."""
     with RunFolder(path) as folder:
-        options = shared.options(settings)
-        if not folder.finished.exists():
+        options, state = shared.options(settings, path), None
+        if (history := shared.finished_run(folder)) is not None:
+            like = to_host(init_state(recipe, numbers, sample_data(dataset), seed))
+            with Checkpoints(folder.checkpoints) as checkpoints:
+                state = found[1] if (found := checkpoints.restore(like, options.say)) is not None else None
+        if history is None or state is None:
             history = fit(recipe, dataset, numbers, seed, folder=folder, options=options)
             history.save(folder.finished)
-            return history, history.state.states[0] if history.state.states else None
-        history = History.load(folder.finished)
-        like = to_host(init_state(recipe, numbers, sample_data(dataset), seed))
-        with Checkpoints(folder.checkpoints) as checkpoints:
-            _, state, _ = checkpoints.restore(like, options.say)
+            state = history.state
         return history, state.states[0] if state.states else None
 
 
 def out_of_fold(settings, recipe: Recipe, numbers: dict, dataset: Dataset, seed: int, out: pathlib.Path) -> np.ndarray:
     """[N, C] logits of every sample by a net that was trained without it."""
-    labels, fewest = dataset.train_labels, int(dataset.class_counts.min())
-    if fewest < settings.folds:
-        raise ValueError(
-            f"--folds needs at least that many samples of every class, got {settings.folds} folds and a class of {fewest}. "
-            f"Write --folds {fewest if fewest > 1 else 0}."
-        )
+    labels = dataset.train_labels
     splits = list(StratifiedKFold(settings.folds, shuffle=True, random_state=seed).split(labels, labels))
     size = min(len(rest) for rest, _ in splits)  # one size for all folds: one compilation
     logits = np.zeros((len(labels), dataset.num_classes), np.float32)

@@ -14,7 +14,6 @@ also when methods or seeds are added.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import shutil
@@ -40,7 +39,7 @@ SAME_WORK = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
-class ManySettings(shared.Settings):
+class TrainingSettings(shared.Settings):
     """Flags of the scripts that train several methods with several seeds."""
 
     seeds: int = 5
@@ -49,6 +48,12 @@ class ManySettings(shared.Settings):
     """Folder for results.json and report.html; runs/compare-DATA-VIEW if not given."""
     vmapped: bool | None = None
     """Train all seeds and settings of one structure side by side; if not given: on GPU and TPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ManySettings(TrainingSettings):
+    """Flags of those that time them, too."""
+
     cost_rounds: int = 9
     """Rounds of the paired timing behind the cost ratio; 0: no timing."""
 
@@ -80,6 +85,7 @@ def main(argv: list[str]) -> None:
         results_file, report = folder.path / "results.json", folder.path / "report.html"
         started = time.perf_counter()
         results, diverged = finished(settings, results_file, list(methods), list(seeds)), []
+        wrote = f"Finished before, in {folder.path}."
         if results is None or not shared.attacked_before(results, attacks):
             histories, diverged = train_all(settings, datasets, methods, folder.path, console)
             results = results or summarise(settings, datasets, methods, histories, results_file)
@@ -88,10 +94,10 @@ def main(argv: list[str]) -> None:
                 write_report(results, report)
                 write_markdown(results, folder.path / "table.md")
                 save_results(results, results_file)
+            wrote = f"{time.perf_counter() - started:.0f} s. Wrote {results_file} and {report}"
         print_table(results, console)
-        took = time.perf_counter() - started
-        console.print(f"{took:.0f} s. Wrote {results_file} and {report}", soft_wrap=True, highlight=False)
-        raise_diverged(diverged)
+        console.print(wrote, soft_wrap=True, highlight=False)
+        shared.raise_diverged(diverged)
 
 
 def attack_all(attacks: dict, planned: list["Planned"], results: dict, console: Console) -> None:
@@ -110,8 +116,7 @@ def finished(settings: CompareSettings, file: pathlib.Path, methods: list[str], 
     if found is None:
         return None
     same = list(found["methods"]) == methods and found["settings"]["seeds"] == seeds
-    timed = not settings.cost_rounds or next(iter(found["methods"].values()))["cost_ratio"] is not None
-    return found if same and timed else None
+    return found if same and (found.get("timed") or not settings.cost_rounds) else None
 
 
 def summarise(settings: ManySettings, datasets: list[Dataset], methods: dict, histories: dict, file: pathlib.Path) -> dict:
@@ -136,6 +141,7 @@ def summarise(settings: ManySettings, datasets: list[Dataset], methods: dict, hi
         # The first steps are timed: they say nothing of a method that does more, or less, in another part of the run.
         if (entry := results["methods"].get(typed)) and abs(evaluations - entry["gradient_evaluations"]) < SAME_WORK:
             entry["cost_ratio"] = ratio
+    results["timed"] = True
     return results
 
 
@@ -155,27 +161,22 @@ class Planned:
         return f"{self.typed}, seed {self.run.seed}"
 
 
-def plan(settings: ManySettings, datasets: list[Dataset], methods: dict, out: pathlib.Path) -> list[Planned]:
+def plan(settings: TrainingSettings, datasets: list[Dataset], methods: dict, out: pathlib.Path) -> list[Planned]:
     """All runs, method by method."""
     planned, kept = [], [shared.identity(settings, dataset) for dataset in datasets]  # once: it reads the images
     for typed, (method, numbers) in methods.items():
         for seed, dataset in enumerate(datasets):
             what = kept[seed] | {"method": typed, "seed": seed}
             run = Run(dataset, shared.make_numbers(settings, numbers), seed, typed)
-            place = out / "runs" / f"{shared.slug(typed)}-{digest(typed)}" / f"seed-{seed}"
+            place = shared.run_place(out, typed) / f"seed-{seed}"
             planned.append(
                 Planned(typed, shared.make_recipe(settings, dataset, method, shared.channel_stats(settings)), run, place, what)
             )
     return planned
 
 
-def digest(text: str) -> str:
-    """Four hex digits that tell names apart which look the same in a path."""
-    return hashlib.sha256(text.encode()).hexdigest()[:4]
-
-
 def train_all(
-    settings: ManySettings, datasets: list[Dataset], methods: dict, out: pathlib.Path, console: Console
+    settings: TrainingSettings, datasets: list[Dataset], methods: dict, out: pathlib.Path, console: Console
 ) -> tuple[dict, list[str]]:
     """({method as typed: [History of each seed]}, what became of the methods that diverged and are missing there).
 
@@ -220,12 +221,6 @@ def train_all(
     return {typed: [histories[one.folder] for one in planned if one.typed == typed] for typed in kept}, list(diverged.values())
 
 
-def raise_diverged(diverged: list[str]) -> None:
-    """Raises FloatingPointError if there is something to say."""
-    if diverged:
-        raise FloatingPointError("\n".join([*diverged, "The results are those of the other methods."]))
-
-
 def groups(planned: list[Planned]) -> list[list[Planned]]:
     """Runs that share one compiled program, whatever their method's name and numbers."""
     found: dict[Recipe, list[Planned]] = {}
@@ -248,10 +243,10 @@ def common_folder(group: list[Planned], out: pathlib.Path) -> pathlib.Path:
     """Where a group of runs trains."""
     if len(group) == 1:
         return group[0].folder
-    return out / "runs" / f"together-{digest('; '.join(one.name for one in group))}"
+    return out / "runs" / f"together-{shared.digest('; '.join(one.name for one in group))}"
 
 
-def train_group(settings: ManySettings, group: list[Planned], out: pathlib.Path, tick: Callable) -> dict:
+def train_group(settings: TrainingSettings, group: list[Planned], out: pathlib.Path, tick: Callable) -> dict:
     """{folder: History}. One run trains in its own folder; several in a common one, until they are finished."""
     names, common = [one.name for one in group], common_folder(group, out)
     with RunFolder(common) as folder:

@@ -61,17 +61,18 @@ def main(argv: list[str]) -> None:
             for seed in range(settings.seeds)
         ]
         started = time.perf_counter()
-        runs, trained, steps = run_all(settings, dataset, jobs, folder.path, identity, console)
-        results = results_of(settings, dataset, held, runs)
+        done = run_all(settings, dataset, jobs, folder.path, identity, console)
+        results = results_of(settings, dataset, held, done.records)
         dump_json(folder.path / "domains.json", results)
         (folder.path / "table.md").write_text(markdown(results))
         print_results(results, console)
         took = time.perf_counter() - started
         console.print(
-            f"{took:.0f} s: {trained} of {len(jobs)} runs trained, {steps} compiled steps. "
+            f"{took:.0f} s: {done.trained} of {len(jobs)} runs trained, {done.compiled} compiled steps. "
             f"Wrote {folder.path / 'domains.json'} and {folder.path / 'table.md'}",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
+        shared.raise_diverged(done.diverged)
 
 
 if __name__ == "__main__":

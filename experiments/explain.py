@@ -36,7 +36,7 @@ from perturbjax.training import predict
 
 
 @dataclasses.dataclass(frozen=True)
-class ExplainSettings(compare.CompareSettings):
+class ExplainSettings(compare.TrainingSettings):
     """Flags of explain.py."""
 
     model: str = "cnn"
@@ -66,7 +66,8 @@ def main(argv: list[str]) -> None:
     """Trains what is missing, looks, writes."""
     settings = shared.first_flags(argv, ExplainSettings, __doc__, one_process=True)
     check(settings)
-    landscape.with_nets(argv, settings, "explain", look)
+    site = lambda model: line(model).site(settings.site) if settings.images else None
+    landscape.with_nets(argv, settings, "explain", look, check_model=site)
 
 
 def check(settings: ExplainSettings) -> None:

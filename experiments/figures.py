@@ -104,6 +104,7 @@ def main(argv: list[str]) -> None:
     }  # fmt: skip
     commands = {kind.__name__.lower(): kind for kind in drawn}
     chosen = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    shared.check_file("--out", chosen.out)  # some of them train first
     pathlib.Path(chosen.out).write_text(drawn[type(chosen)](chosen) + "\n")
     print(f"Wrote {chosen.out}")
 
@@ -182,14 +183,12 @@ def without(typed: str, setting: str) -> tuple[str, float] | None:
             f"figures sensitivity needs the setting of one method, got {setting!r} of {len(having)} in {typed}. "
             f"Write --setting {chain[having[0]].name}.{setting}."
         )
-    value, names = None, []
-    for i, call in enumerate(chain):
-        given = dict(call.kwargs)
-        if i in having:
-            value = float(given.pop(setting))
-        rest = ", ".join(f"{name}={x}" for name, x in given.items())
-        names.append(f"{call.name}({rest})" if rest else call.name)
-    return None if value is None else ("+".join(names), value)
+    if not having:
+        return None
+    call = chain[having[0]]
+    left = dataclasses.replace(call, kwargs=tuple(pair for pair in call.kwargs if pair[0] != setting))
+    rest = [left if i == having[0] else other for i, other in enumerate(chain)]
+    return spec.canonical(rest), float(dict(call.kwargs)[setting])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import jax
 from experiments import shared
 from experiments.gpu.check import Check
 from experiments.gpu.costs import costs, side_by_side
-from experiments.gpu.longtail import long_tail
+from experiments.gpu.longtail import check_settings, long_tail
 from experiments.gpu.numbers import numbers, others
 from experiments.gpu.page import page, troubles
 from experiments.gpu.sizes import LONG_TAIL, TINY, Sizes
@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
     check.report["sessions"].append(session(check))
     check.say(f"{device.device_kind} ({device.platform}), JAX {jax.__version__}")
     check.save()
+    if "longtail" in flags.parts or (flags.data and "vmap" in flags.parts):
+        check_settings(check)  # a wrong path or method would else be found when the other parts are done
     for part in flags.parts:
         PARTS[part](check)
     check.save()

@@ -43,7 +43,7 @@ from perturbjax.training import load_variables, predict
 
 
 @dataclasses.dataclass(frozen=True)
-class LandscapeSettings(compare.CompareSettings):
+class LandscapeSettings(compare.TrainingSettings):
     """Flags of landscape.py."""
 
     methods: str = "ce, sam"
@@ -94,26 +94,37 @@ def main(argv: list[str]) -> None:
     with_nets(argv, settings, "landscape", look)
 
 
-def with_nets(argv: list[str], settings: Any, script: str, look: Callable) -> None:
-    """Calls look(nets, settings, folder to write to, console) on the nets of --runs, or on newly trained ones of --methods and --seeds."""
+def with_nets(
+    argv: list[str], settings: Any, script: str, look: Callable, *, check_model: Callable[[Any], Any] = lambda model: None
+) -> None:
+    """Calls look(nets, settings, folder to write to, console) on the nets of --runs, or on newly trained ones of --methods and --seeds.
+
+    check_model: called on every model before that, and before anything is trained; raises ValueError for one that can't be looked at.
+    """
     console = Console()
     if settings.runs:
         out, named = pathlib.Path(settings.out or settings.runs[0]), bool(shared.value_of(argv, "--data"))
         nets = [read(folder, settings, named=named) for folder in finished_runs(settings.runs)]
+        for net in nets:
+            check_model(net.model)
         out.mkdir(parents=True, exist_ok=True)
         look(nets, settings, out, console)
         return
     methods = shared.parse_methods(settings.methods, settings.plugin)
-    own = {field.name for field in dataclasses.fields(compare.CompareSettings)}
-    training = compare.CompareSettings(**{name: value for name, value in vars(settings).items() if name in own})
+    own = {field.name for field in dataclasses.fields(compare.TrainingSettings)}
+    training = compare.TrainingSettings(**{name: value for name, value in vars(settings).items() if name in own})
     datasets = [shared.load_view(training, seed) for seed in range(settings.seeds)]
     shared.check_runs(training, datasets[0], methods, shared.channel_stats(training))
     with shared.prepare_out(settings.out, script, settings.view, shared.identity(training, datasets[0])) as folder:
         shared.print_notes(datasets[0], console, training)
         shared.print_classifiers(training, methods, console)
-        compare.raise_diverged(compare.train_all(training, datasets, methods, folder.path, console)[1])
         planned = compare.plan(training, datasets, methods, folder.path)
-        look([net_in(one.folder, one.typed, one.run.seed, one.run.dataset) for one in planned], settings, folder.path, console)
+        for one in planned:
+            check_model(one.recipe.model)
+        trained, diverged = compare.train_all(training, datasets, methods, folder.path, console)
+        nets = [net_in(one.folder, one.typed, one.run.seed, one.run.dataset) for one in planned if one.typed in trained]
+        look(nets, settings, folder.path, console)
+        shared.raise_diverged(diverged)
 
 
 def check(settings: LandscapeSettings) -> None:
@@ -174,9 +185,9 @@ def look(nets: list[Net], settings: LandscapeSettings, out: pathlib.Path, consol
     (out / "landscape.json").write_text(json.dumps(report, indent=2) + "\n")
     write(out / "lines", drawn_lines(entries), "Loss along lines around the trained nets")
     if settings.plane:
-        first = {entry["method"]: entry for entry in reversed(entries)}  # of every method the first seed
+        first = {name: own[0] for name, own in by_method(entries).items()}  # of every method the first seed
         planes = {name: tuple(np.array(entry["plane"][key]) for key in ("x", "y", "losses")) for name, entry in first.items()}
-        write(out / "plane", plane_figure(dict(reversed(planes.items()))), "Loss over a plane around the trained nets")
+        write(out / "plane", plane_figure(planes), "Loss over a plane around the trained nets")
     console.print(shown(entries, settings))
     files = "landscape.json, lines.svg and .png" + (", plane.svg and .png" if settings.plane else "")
     console.print(f"Wrote {files} to {out}", highlight=False, soft_wrap=True)

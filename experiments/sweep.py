@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
             (folder.path / f"{name}.svg").write_text(figures.draw_sensitivity(figure) + "\n")
         wrote = ", ".join(["results.json", "report.html", "table.md", *(f"{name}.svg" for name in drawn)])
         console.print(f"{time.perf_counter() - started:.0f} s. Wrote {wrote} to {folder.path}", soft_wrap=True, highlight=False)
-        compare.raise_diverged(diverged)
+        shared.raise_diverged(diverged)
 
 
 def expand(settings: SweepSettings) -> tuple[list[str], list[str]]:

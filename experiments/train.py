@@ -65,13 +65,13 @@ def main(argv: list[str]) -> None:
                 folder,
                 console,
             )
+        before = results["methods"][typed].get("attacks") or {} if results is not None else {}
         results = shared.results_of(settings, [dataset], [settings.seed], {typed: [history]})
         if jax.process_index() == 0:
             history.save(folder.finished)
-            if attacks:
-                results["methods"][typed]["attacks"] = shared.attacked(
-                    attacks, [(folder.path, dataset, settings.seed)], console
-                )
+            if attacks or before:
+                found = shared.attacked(attacks, [(folder.path, dataset, settings.seed)], console)
+                results["methods"][typed]["attacks"] = before | found
             write_report(results, folder.path / "report.html")
             save_results(results, results_file)
         print_table(results, console)

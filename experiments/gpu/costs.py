@@ -72,15 +72,16 @@ def ratios(check: Check, model: str) -> dict:
     milliseconds = 1000 * seconds_a_step(programs[PLAIN], steps)
     found = cost_ratios(programs, PLAIN, rounds=sizes.rounds, steps=steps)
     trainer, noise = found.pop(bench.HAND_WRITTEN), found.pop(again)
+    ideal = {typed: ideals[typed]() for typed in found}
     return {
-        "ratios": {t: {"ratio": r, "ideal": ideals[t], "quotient": r / ideals[t]} for t, r in found.items() if t != PLAIN},
+        "ratios": {t: {"ratio": r, "ideal": ideal[t], "quotient": r / ideal[t]} for t, r in found.items() if t != PLAIN},
         "trainer": trainer, "noise": noise, "lax_over_canonical": lax, "conv": conv, "step_milliseconds": milliseconds,
         "rounds": sizes.rounds, "steps": steps, "batch_size": sizes.batch_size, "image_size": sizes.image_size, "left_out": left_out,
     }  # fmt: skip
 
 
-def stepper(check: Check, recipe: Recipe, numbers: dict, dataset: Dataset) -> tuple[Callable[[], dict], float]:
-    """As bench.stepper: (a call that trains one more step, the method's ideal cost).
+def stepper(check: Check, recipe: Recipe, numbers: dict, dataset: Dataset) -> tuple[Callable[[], dict], Callable[[], float]]:
+    """As bench.stepper: (a call that trains one more step, a call that gives the ideal cost of a step so far).
 
     The share of the work behind a site is counted on the CPU: compiled for a GPU, convolutions are calls of a library, whose
     operations the compiler doesn't know.
@@ -93,7 +94,7 @@ def stepper(check: Check, recipe: Recipe, numbers: dict, dataset: Dataset) -> tu
                 state = init_state(recipe, numbers, sample_data(dataset), 0)
                 share = bench.share_after(recipe, state, dataset.train_images[: recipe.batch_size], link.site)
                 work += 2 * bench.inner_evaluations(recipe, metrics, link) / 3 * share
-    return run, work * (1 + extra_gradients(run.state.opt_state))
+    return run, lambda: work * (1 + extra_gradients(run.state.opt_state) / int(run.state.step))
 
 
 def seconds_a_step(run: Callable, steps: int) -> float:

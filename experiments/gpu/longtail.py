@@ -22,6 +22,11 @@ def long_tail(check: Check) -> None:
         check.measure(("longtail", "methods"), typed, partial(trained, check, settings, data, {typed: what}, conv, together))
 
 
+def check_settings(check: Check) -> None:
+    """Raises ValueError or FileNotFoundError for data, a view or methods that can't be."""
+    shared.parse_methods(datasets(check)[0].methods)
+
+
 def datasets(check: Check) -> tuple[compare.CompareSettings, list[Dataset]]:
     """Settings and training sets of the long tail. Data that is long-tailed already is taken as it is: then all seeds share it."""
     flags, sizes = check.flags, check.sizes

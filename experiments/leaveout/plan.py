@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from experiments import shared
 from experiments.shared.building import IMAGENET
+from experiments.shared.flags import MODEL_FLAGS
 from perturbjax import spec
 from perturbjax.checks import check_choice, check_number
 from perturbjax.data import Dataset, apply_views
@@ -17,7 +18,7 @@ from perturbjax.training.feed import call_length
 
 DRAWS = ("thin", "longtail")
 """Views that keep some of the samples: they act on the pooled ones."""
-NOT_HERE = ("epochs", "recipe", "stream", "checkpoint_seconds", "log_every", "test_every", "tensorboard")
+NOT_HERE = ("recipe", "epochs", "stream", "checkpoint_seconds", "log_every", "test_every", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +95,9 @@ def load_pooled(settings: DomainsSettings) -> Dataset:
 
 def check_flags(settings: DomainsSettings) -> None:
     """Raises ValueError for flags that can't be."""
-    defaults = DomainsSettings()
-    for name in NOT_HERE:
-        if getattr(settings, name) != getattr(defaults, name):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{flag} is not for domains.py, got {getattr(settings, name)!r}. Leave it out; --steps is the length."
-            )
+    if settings.model in MODEL_FLAGS:
+        raise ValueError(f"--model needs a model of images for domains.py, got {settings.model!r}. Write --model cnn.")
+    shared.refuse(settings, NOT_HERE, "domains.py", "Leave it out; --steps is the length.")
     check_number("--seeds", low=1, seeds=settings.seeds)
     check_number("--steps", low=1, steps=settings.steps)
     check_number("--evaluate-every", low=1, high=settings.steps, evaluate_every=settings.evaluate_every)

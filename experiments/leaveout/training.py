@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import math
 import pathlib
 import time
@@ -15,8 +14,8 @@ import numpy as np
 from rich.console import Console
 
 from experiments import shared
-from experiments.compare import digest
 from experiments.leaveout.plan import DomainsSettings, Job, StepsRecipe, evaluate_every, recipe_of, sample
+from experiments.shared.records import read_json
 from perturbjax import objective
 from perturbjax.data import Dataset
 from perturbjax.data.domains import DomainSplit, domain_batches, split_domains
@@ -33,24 +32,42 @@ STATS_BATCHES = 50
 """Training batches from which BatchNorm's statistics of averaged weights are computed."""
 
 
-def run_all(settings, dataset: Dataset, jobs: list[Job], out: pathlib.Path, identity: dict, console: Console):
-    """([record of each job], how many were trained now, how many steps were compiled for them)."""
+class Done(NamedTuple):
+    """What became of all runs."""
+
+    records: list[dict]  # of the methods that did not diverge
+    trained: int  # runs that were trained now
+    compiled: int  # steps that were compiled for them
+    diverged: list[str]  # a sentence for each method that is missing
+
+
+def run_all(settings, dataset: Dataset, jobs: list[Job], out: pathlib.Path, identity: dict, console: Console) -> Done:
+    """Takes the runs that are finished and trains the others. A method that diverges stops none but itself.
+
+    Raises FloatingPointError if all do.
+    """
     devices = shared.options(settings).devices
     everything: list[DeviceData] = []  # on the device: made when it is needed first
     records, recipes, trained = [], set(), 0
+    diverged: dict[str, str] = {}
     for number, job in enumerate(jobs):
+        if job.typed in diverged:
+            continue
         domain = dataset.domain_names[job.domain]
-        place = out / "runs" / f"{shared.slug(job.typed)}-{digest(job.typed)}" / shared.slug(domain) / f"seed-{job.seed}"
+        place = shared.run_place(out, job.typed) / shared.slug(domain) / f"seed-{job.seed}"
         with RunFolder(place) as folder:
             folder.claim(identity | {"method": job.typed, "held_out": domain, "seed": job.seed})
-            if (record := finished(place / "finished.json")) is None:
+            if not (record := read_json(place / "finished.json")):
                 if not everything:
                     everything.append(devices.replicate(on_device(dataset)))
                 recipe = recipe_of(settings, dataset, job.method)
                 try:
                     record = train(settings, dataset, job, recipe, everything[0], devices)
-                except (ValueError, FloatingPointError) as error:
-                    raise type(error)(f"{job.typed}, without {domain}, seed {job.seed}: {error}") from error
+                except ValueError as error:
+                    raise ValueError(f"{job.typed}, without {domain}, seed {job.seed}: {error}") from error
+                except FloatingPointError as error:
+                    diverged[job.typed] = f"{job.typed}, without {domain}, seed {job.seed}: {error}"
+                    continue
                 dump_json(place / "finished.json", record)
                 recipes.add(recipe)
                 trained += 1
@@ -60,7 +77,10 @@ def run_all(settings, dataset: Dataset, jobs: list[Job], out: pathlib.Path, iden
                     markup=False, highlight=False, soft_wrap=True,
                 )  # fmt: skip
             records.append(record)
-    return records, trained, len(recipes)
+    if len(diverged) == len({job.typed for job in jobs}):
+        raise FloatingPointError("\n".join(diverged.values()))
+    kept = [record for record in records if record["method"] not in diverged]
+    return Done(kept, trained, len(recipes), list(diverged.values()))
 
 
 def span_of(record: dict) -> str:
@@ -70,14 +90,6 @@ def span_of(record: dict) -> str:
     first, last = record["window"]
     falling = "" if record["converged"] else ": the validation loss did not stop falling, which takes more steps"
     return f", weights of steps {first + 1} to {last}{falling}"
-
-
-def finished(file: pathlib.Path) -> dict | None:
-    """What a finished run left; None if it isn't there or is damaged."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def on_device(dataset: Dataset) -> DeviceData:

@@ -16,9 +16,9 @@ from experiments.shared.building import (
     source,
     views_of,
 )  # fmt: skip
-from experiments.shared.flags import CONFIGS, Settings, first_flags, flags_of_recipe, read_config, value_of
-from experiments.shared.folders import finished_run, identity, prepare_out, slug
-from experiments.shared.process import options, start
+from experiments.shared.flags import CONFIGS, Settings, check_file, first_flags, flags_of_recipe, read_config, refuse, value_of
+from experiments.shared.folders import digest, finished_run, identity, prepare_out, run_place, slug
+from experiments.shared.process import options, raise_diverged, start
 from experiments.shared.records import (
     attacked,
     attacked_before,
@@ -31,8 +31,9 @@ from experiments.shared.records import (
 )  # fmt: skip
 
 __all__ = [
-    "CONFIGS", "Method", "Settings", "attacked", "attacked_before", "attacks_of", "branch_options", "channel_stats", "check_runs",
-    "check_step", "classifiers", "command_line", "finished_run", "first_flags", "flags_of_recipe", "identity", "load_view", "make_numbers",
-    "make_recipe", "options", "parse_methods", "prepare_out", "print_classifiers", "print_notes", "read_config", "read_results", "record",
-    "results_of", "slug", "source", "start", "value_of", "versions", "views_of",
+    "CONFIGS", "Method", "Settings", "attacked", "attacked_before", "attacks_of", "branch_options", "channel_stats", "check_file",
+    "check_runs", "check_step", "classifiers", "command_line", "digest", "finished_run", "first_flags", "flags_of_recipe", "identity",
+    "load_view", "make_numbers", "make_recipe", "options", "parse_methods", "prepare_out", "print_classifiers", "print_notes",
+    "raise_diverged", "read_config", "read_results", "record", "refuse", "results_of", "run_place", "slug", "source", "start", "value_of",
+    "versions", "views_of",
 ]  # fmt: skip

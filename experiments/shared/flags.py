@@ -153,7 +153,7 @@ def first_flags(
     script = script or pathlib.Path(inspect.getfile(settings)).name
     argv = list(argv)
     if "--list" in argv:
-        print_methods(taxonomy.registry(value_of(argv, "--plugin")))
+        print_methods(taxonomy.registry(value_of(argv, "--plugin", several=True)))
         raise SystemExit(0)
     defaults: dict[str, Any] = {}
     smoke = "--smoke" in argv
@@ -188,6 +188,20 @@ def first_flags(
     return chosen
 
 
+def refuse(settings: Settings, names: Sequence[str], script: str, way: str) -> None:
+    """Raises ValueError for a flag that was given, but that this script has no use for. way: what to do instead."""
+    defaults = type(settings)()
+    for name in names:
+        if (value := getattr(settings, name)) != getattr(defaults, name):
+            raise ValueError(f"--{name.replace('_', '-')} is not for {script}, got {value!r}. {way}")
+
+
+def check_file(flag: str, path: str) -> None:
+    """Raises ValueError for a file whose folder is missing, before anything is computed for it."""
+    if not pathlib.Path(path).parent.is_dir():
+        raise ValueError(f"{flag} needs a file in a folder that is there, got {path!r}. Make the folder first.")
+
+
 def begin(settings: Settings) -> None:
     """Joins the other processes, if there are any, before anything else touches JAX."""
     if settings.coordinator is not None:
@@ -219,13 +233,16 @@ def flags_of_recipe(name: str, epochs: str | int | None) -> dict[str, Any]:
     return flags | {"recipe": name, "augment": True}
 
 
-def value_of(argv: list[str], flag: str, *, remove: bool = False) -> list[str]:
-    """The values given to a flag, as `--flag value` or `--flag=value`."""
+def value_of(argv: list[str], flag: str, *, remove: bool = False, several: bool = False) -> list[str]:
+    """The values given to a flag, as `--flag value` or `--flag=value`; several: as `--flag value value` too."""
     found, kept, i = [], [], 0
     while i < len(argv):
         if argv[i] == flag and i + 1 < len(argv):
             found.append(argv[i + 1])
             i += 2
+            while several and i < len(argv) and not argv[i].startswith("--"):
+                found.append(argv[i])
+                i += 1
         elif argv[i].startswith(flag + "="):
             found.append(argv[i].split("=", 1)[1])
             i += 1
@@ -248,7 +265,7 @@ def read_config(name: str) -> dict[str, Any]:
 def config_flags(name: str, script: str, *, smoke: bool = False) -> dict[str, Any]:
     """A config's flags for this script; smoke: those of its small version on top. Raises ValueError if it is another script's."""
     chosen = read_config(name)
-    small, _ = chosen.pop("smoke", {}), chosen.pop("paper", None)
+    small = chosen.pop("smoke", {})
     if (own := chosen.pop("script", None)) not in (None, script):
         raise ValueError(f"--config {name} needs {own}, got {script}. Write: python experiments/{own} --config {name}")
     return chosen | (small if smoke else {})

@@ -15,6 +15,7 @@ import numpy as np
 from experiments.shared.flags import Settings, devices_of
 from perturbjax.data import Dataset
 from perturbjax.training import History, OtherSettings, RunFolder
+from perturbjax.training.folder import FolderInUse, compare_settings
 
 RUNTIME = (
     "out", "plugin", "devices", "stream", "steps_per_call", "checkpoint_seconds", "log_every", "test_every", "tensorboard",
@@ -69,6 +70,16 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-") or "none"
 
 
+def digest(text: str) -> str:
+    """Four hex digits that tell names apart which look the same in a path."""
+    return hashlib.sha256(text.encode()).hexdigest()[:4]
+
+
+def run_place(out: pathlib.Path, typed: str) -> pathlib.Path:
+    """Where the runs of a method lie in a script's folder."""
+    return out / "runs" / f"{slug(typed)}-{digest(typed)}"
+
+
 def prepare_out(out: str | None, script: str, view: str, identity: dict) -> RunFolder:
     """The output folder, made, locked and claimed for these settings before any training.
 
@@ -97,8 +108,15 @@ def finished_run(folder: RunFolder) -> History | None:
 
 
 def claimed(path: pathlib.Path, identity: dict) -> RunFolder:
-    """The folder, begun with these settings; unlocked again if it was begun with others."""
-    folder = RunFolder(path)
+    """The folder, begun with these settings; unlocked again if it was begun with others.
+
+    Raises OtherSettings for one that was, also while another process trains in it, which for the same settings is FolderInUse.
+    """
+    try:
+        folder = RunFolder(path)
+    except FolderInUse:
+        compare_settings(path, identity)
+        raise
     try:
         folder.claim(identity)
     except ValueError:  # whatever is wrong with it

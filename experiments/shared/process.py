@@ -65,10 +65,16 @@ def start(main: Callable[[list[str]], None]) -> None:
         print(stop, file=sys.stderr)
         raise SystemExit(128 + stop.signal_number) from None
     except KeyboardInterrupt:
-        print("interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        print("interrupted. What was saved is kept: the same command goes on from there.", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def raise_diverged(diverged: list[str]) -> None:
+    """Raises FloatingPointError if there is something to say."""
+    if diverged:
+        raise FloatingPointError("\n".join([*diverged, "The results are those of the other methods."]))
 
 
 def stop_early(number: int, frame: Any) -> None:

@@ -25,10 +25,14 @@ class OtherSettings(ValueError):
     """A folder that was begun with other settings."""
 
 
+class FolderInUse(ValueError):
+    """A folder that another process is training in."""
+
+
 class RunFolder:
     """`RunFolder(path)` makes the folder and locks it for this process; `close` (or leaving a `with`) unlocks it.
 
-    Raises ValueError if it can't be made or written, or if another process is training in it.
+    Raises ValueError if it can't be made or written, FolderInUse (a ValueError) if another process is training in it.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -71,34 +75,11 @@ class RunFolder:
 
         Raises OtherSettings (a ValueError that shows the differences), NewerCheckpoint for a folder of a later version.
         """
-        file, wanted = self.path / RUN, json.loads(json.dumps(settings))
-        if not file.exists():
-            if jax.process_index() == 0:
-                dump_json(file, {"format": FORMAT, "settings": wanted})
-            return
-        try:
-            found = json.loads(file.read_text())
-            number, there = found["format"], found["settings"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"RunFolder needs a readable {file}, got a damaged one. Restore it, or name another --out."
-            ) from error
-        if number > FORMAT:
-            raise NewerCheckpoint(
-                f"RunFolder needs a folder of format {FORMAT} or less, got {number} in {file}: a newer perturbjax made it. "
-                "Install that version, or name another --out."
-            )
-        differences = [
-            f"  {key}: {_shown(there, key)} there, {_shown(wanted, key)} now"
-            for key in sorted({*there, *wanted})
-            if there.get(key) != wanted.get(key) and (key in there or key not in LATER)
-        ]
-        if differences:
-            raise OtherSettings(
-                f"RunFolder needs the settings that {str(self.path)!r} was begun with, got others:\n"
-                + "\n".join(differences)
-                + "\nGive the same settings again, or name another --out."
-            )
+        file = self.path / RUN
+        if file.exists():
+            compare_settings(self.path, settings)
+        elif jax.process_index() == 0:
+            dump_json(file, {"format": FORMAT, "settings": json.loads(json.dumps(settings))})
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines to the log, on disk when this returns. Raises CheckpointNotWritten if they can't be written."""
@@ -127,6 +108,32 @@ class RunFolder:
             os.truncate(self.path / LOG, size)
 
 
+def compare_settings(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Raises OtherSettings, which shows the differences, if the folder was begun with others; NewerCheckpoint, ValueError as `claim`."""
+    file, wanted = path / RUN, json.loads(json.dumps(settings))
+    try:
+        found = json.loads(file.read_text())
+        number, there = found["format"], found["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"RunFolder needs a readable {file}, got a damaged one. Restore it, or name another --out.") from error
+    if number > FORMAT:
+        raise NewerCheckpoint(
+            f"RunFolder needs a folder of format {FORMAT} or less, got {number} in {file}: a newer perturbjax made it. "
+            "Install that version, or name another --out."
+        )
+    differences = [
+        f"  {key}: {_shown(there, key)} there, {_shown(wanted, key)} now"
+        for key in sorted({*there, *wanted})
+        if there.get(key) != wanted.get(key) and (key in there or key not in LATER)
+    ]
+    if differences:
+        raise OtherSettings(
+            f"RunFolder needs the settings that {str(path)!r} was begun with, got others:\n"
+            + "\n".join(differences)
+            + "\nGive the same settings again, or name another --out."
+        )
+
+
 def keep_model(path: pathlib.Path, model: Any) -> None:
     """Writes what the net is to `path`/model.json, from which a later run can make it again (as a teacher); not for foreign nets."""
     with contextlib.suppress(ValueError):
@@ -150,7 +157,7 @@ def _lock(path: pathlib.Path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(
+        raise FolderInUse(
             f"RunFolder needs a folder that nobody else trains in, got {str(path)!r}, which another process holds. "
             "Wait for it, or name another --out."
         ) from None

@@ -230,6 +230,13 @@ def test_train_gives_the_same_number_and_attacks_a_finished_run(tmp_path):
 
 
 @pytest.mark.optax_promotes  # schedules
+def test_another_attack_joins_those_before(tmp_path):
+    first, second = "pgd(bound=0.1, num_steps=1)", "pgd(bound=0.2, num_steps=1)"
+    for attack in (first, second):
+        train.main(["--method", "ce", *QUICK[:4], "--attack", attack, "--out", str(tmp_path)])
+    assert list(read(tmp_path)["methods"]["ce"]["attacks"]) == [first, second]
+
+
 def test_a_bad_attack_ends_the_command_before_training(tmp_path):
     with pytest.raises(ValueError, match="pgd needs bound <= 1, got 8"):
         compare.main(["--methods", "ce", "--attack", "pgd(bound=8)", "--out", str(tmp_path / "out")])

@@ -88,6 +88,19 @@ def test_another_cleaning_sheet_or_number_of_folds_trains_nothing_again(tmp_path
         audit.main([*flags, *folds, "--folds", "3"])
 
 
+def test_a_training_whose_record_is_damaged_is_read_from_its_checkpoint_or_done_again(tmp_path, capsys):
+    flags = ["--view", "thin(20)", "--epochs", "1", "--batch-size", "20", "--out", str(tmp_path)]
+    audit.main(flags)
+    scores = (tmp_path / "audit.csv").read_text()
+    (tmp_path / "seed-0" / "finished.npz").write_bytes(b"no archive")
+    audit.main(flags)
+    assert (tmp_path / "audit.csv").read_text() == scores and "is damaged: put aside" in capsys.readouterr().err
+    for file in (tmp_path / "seed-0" / "checkpoints").rglob("d/*"):
+        file.write_bytes(b"cut")
+    audit.main(flags)
+    assert (tmp_path / "audit.csv").read_text() == scores and "checkpoint 10 is damaged" in capsys.readouterr().err
+
+
 def test_clean_labels_are_left_alone_and_nothing_is_claimed(tmp_path):
     audit.main(["--out", str(tmp_path), "--epochs", "10"])
     found = json.loads((tmp_path / "audit.json").read_text())
@@ -196,9 +209,11 @@ def test_only_the_classes_that_would_vanish_keep_flagged_samples():
         (["--coordinator", "localhost:1", "--num-processes", "2"], "audit.py needs one process, got --coordinator localhost:1"),
         (["--view", "thin(7)", "--epochs", "1"], "which leave 6 of 70 out. Write --epochs 2 or more"),
         (["--view", "thin(3)", "--evidence", "folds"], "got 5 folds and a class of 3. Write --folds 3"),
+        (["--view", "thin(4)+noise(pair, 0.2)"], "got 5 folds and a class of [1-4]. Write --folds"),  # of cleanlab
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_flags_end_with_a_clear_error(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         audit.main([*flags, "--batch-size", "16", "--out", str(tmp_path)])
+    assert not list(tmp_path.glob("seed-*"))

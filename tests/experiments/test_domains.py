@@ -228,6 +228,15 @@ def test_it_learns_what_the_domains_share(tmp_path):
     assert run["sizes"]["test"] == len(split.test)
 
 
+def test_a_method_that_diverges_takes_no_other_down(data, tmp_path, capsys):
+    flags = ["--data", data, *QUICK, "--optimizer", "sgd", "--seeds", "2", "--held-out", "art", "--out", str(tmp_path)]
+    with pytest.raises(
+        FloatingPointError, match="(?s)bound=1e30.*, without art, seed 0: .*results are those of the other methods"
+    ):
+        domains.main([*flags, "--methods", "lpg(split=all, bound=1e30), erm"])
+    assert list(found(tmp_path)["methods"]) == ["erm"] and "2 of 4 runs trained" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
@@ -238,7 +247,9 @@ def test_it_learns_what_the_domains_share(tmp_path):
         ({}, ["--methods", "coral(weight=-1)"], "coral needs weight >= 0, got -1"),
         ({}, ["--held-out", "foto"], "got 'foto'. Did you mean 'photo'"),
         ({}, ["--batch-size", "60"], "a batch of 1 to 36 samples of each domain"),
-        ({}, ["--epochs", "3"], "--epochs is not for domains.py, got 3"),
+        ({}, ["--epochs", "3"], "--epochs is not for domains.py, got 3. Leave it out; --steps is the length."),
+        ({}, ["--recipe", "ldam"], "--recipe is not for domains.py, got 'ldam'"),
+        ({}, ["--model", "bilstm"], "--model needs a model of images for domains.py, got 'bilstm'. Write --model cnn."),
         ({}, ["--steps", "0"], "--steps needs steps >= 1, got 0"),
         ({}, ["--evaluate-every", "9"], "--evaluate-every needs 1 <= evaluate_every <= 6, got 9"),
         ({}, ["--view", "leave_out(art)"], "pooled needs TINY without a validation set"),

@@ -60,6 +60,12 @@ def test_nets_of_other_test_samples_cannot_stand_side_by_side(looked):
         explain.check_together([nets[0], explain.dataclasses.replace(nets[1], dataset=changed)])
 
 
+def test_an_unknown_site_is_found_before_training(tmp_path):
+    with pytest.raises(ValueError, match="'stag2'.*stage2"):
+        explain.main([*TRAIN, "--site", "stag2", "--out", str(tmp_path)])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_bad_flags_are_named():
     with pytest.raises(
         ValueError, match="--explain needs explain to be one of its names, got 'both'.*There are: label, prediction"

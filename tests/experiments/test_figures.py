@@ -37,6 +37,9 @@ def test_accuracy_against_a_setting(tmp_path):
 def test_a_setting_is_taken_out_of_a_method():
     assert figures.without("la+lpl(bound=0.5, split=frequency)", "bound") == ("la+lpl(split=frequency)", 0.5)
     assert figures.without("ce", "bound") is None and figures.without("r_drop(cut=true)", "cut") is None
+    assert figures.without("bootstrap(hard)+logpert(weight=0.1)", "weight") == ("bootstrap(hard)+logpert", 0.1)
+    typed = "lpl(bound=varied(0.5), step_size=0.1)+r_drop(cut=true)"
+    assert figures.without(typed, "step_size") == ("lpl(bound=varied(0.5))+r_drop(cut=true)", 0.1)
     both = "lpl(bound=0.5)+lpa(bound=2)"
     assert figures.without(both, "lpl.bound") == ("lpl+lpa(bound=2)", 0.5)
     assert figures.without(both, "lpa.bound") == ("lpl(bound=0.5)+lpa", 2.0)

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import compare, train
+from experiments import compare, shared, train
 
 pytestmark = pytest.mark.optax_promotes  # schedules
 
@@ -127,6 +127,18 @@ def test_without_a_folder_every_setting_gets_one_of_its_own(tmp_path, monkeypatc
     for epochs in ("1", "2", "1"):
         train.main(["--epochs", epochs])
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["train-digits-longtail-50", "train-digits-longtail-50-2"]
+
+
+def test_a_folder_in_use_by_other_settings_is_passed_over(tmp_path, monkeypatch):
+    from perturbjax.training.folder import FolderInUse
+
+    monkeypatch.chdir(tmp_path)
+    what = dict(data="digits", epochs=1)
+    with shared.prepare_out(None, "train", "none", what) as first:
+        with shared.prepare_out(None, "train", "none", what | {"epochs": 2}) as other:
+            assert (first.path.name, other.path.name) == ("train-digits-none", "train-digits-none-2")
+        with pytest.raises(FolderInUse, match="another process holds"):
+            shared.prepare_out(None, "train", "none", what)
 
 
 def test_two_processes_are_one(tmp_path):

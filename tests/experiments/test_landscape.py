@@ -50,6 +50,12 @@ def test_with_other_flags_it_looks_again_at_the_nets_that_are_there(looked, monk
     assert "λ max" in capsys.readouterr().out
 
 
+def test_a_method_that_diverges_takes_no_other_down(tmp_path):
+    with pytest.raises(FloatingPointError, match="The results are those of the other methods"):
+        landscape.main([*QUICK, "--methods", "ce, lpg(split=all, bound=1e30)", "--epochs", "1", "--out", str(tmp_path)])
+    assert [net["method"] for net in json.loads((tmp_path / "landscape.json").read_text())["nets"]] == ["ce"]
+
+
 def test_it_reads_the_runs_of_train_py(tmp_path):
     run = tmp_path / "run"
     train.main(["--method", "ls", "--seed", "4", "--epochs", "2", "--view", "longtail(10)", "--out", str(run)])

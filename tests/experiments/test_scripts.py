@@ -217,6 +217,22 @@ def test_a_method_that_diverges_takes_no_other_down(vmapped, tmp_path):
         compare.main(["--methods", "lpg(split=all, bound=1e30), ce", *flags])
 
 
+def test_bench_refuses_what_it_would_ignore_and_finds_a_missing_folder_first(tmp_path):
+    with pytest.raises(ValueError, match="--devices is not for bench.py, got 2. Leave it out"):
+        bench.main(["--devices", "2"])
+    with pytest.raises(ValueError, match="--json needs a file in a folder that is there"):
+        bench.main(["--json", str(tmp_path / "missing" / "bench.json")])
+
+
+def test_a_finished_comparison_says_so_and_times_nothing_again(tmp_path, monkeypatch, capsys):
+    flags = ["--methods", "rts(timing=last), sam", *QUICK, "--seeds", "1", "--cost-rounds", "1", "--out", str(tmp_path)]
+    compare.main(flags)  # the first step of `last` is plain, its run is not: it gets no ratio
+    assert results(tmp_path)["methods"]["rts(timing=last)"]["cost_ratio"] is None and "Wrote" in capsys.readouterr().out
+    monkeypatch.setattr(compare, "measure_costs", None)
+    compare.main(flags)
+    assert "Finished before" in capsys.readouterr().out
+
+
 def test_bench_measures_ratios_beside_ideals(tmp_path):
     small = ["--model", "mlp", "--image-size", "8", "--batch-size", "32", "--rounds", "2", "--steps", "2"]
     methods = "la, lpa(site=stage1), sam, rts(timing=every(2))"
