@@ -8,8 +8,8 @@
 Every domain is split 80/20 by class, the split drawn with the seed. Training takes --batch-size samples of the 80 % of each training
 domain in every step; the 20 % of the training domains choose the step (best mean accuracy over them: training-domain validation), and
 the accuracy there on the 80 % of the left-out domain is reported, which nothing was chosen by. SWAD's weights are averaged over the
-window that the validation losses give instead. Unlike DomainBed's, the 20 % are not augmented, nothing is pretrained, and there is one
-setting per method, no random search: numbers compare methods here, not with published ones.
+window that the validation losses give instead. Unlike DomainBed's, the 20 % are not augmented, nets start from random weights (unless
+--weights gives others), and there is one setting per method, no random search: numbers compare methods here, not with published ones.
 
 Writes domains.json and table.md to --out and prints the table. A run that is finished is not trained again: the same command, also with
 more methods, seeds or left-out domains, trains what is missing.

@@ -94,17 +94,22 @@ class Ratio:
     """File to write."""
 
 
+FIGURES: dict[str, type] = {
+    kind.__name__.lower(): kind for kind in (Norms, Sensitivity, Epochs, Weights, Ratio, Gradients, Activations)
+}
+"""The flags of each figure."""
+
+
 def main(argv: list[str]) -> None:
     """Draws one figure."""
     import tyro
 
+    chosen = tyro.extras.subcommand_cli_from_dict(FIGURES, args=argv, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    shared.check_file("--out", chosen.out)  # some of them train first
     drawn: dict[type, Callable] = {
         Norms: draw_norms, Sensitivity: draw_sensitivity, Epochs: draw_epochs, Weights: draw_weights, Ratio: draw_ratio,
         Gradients: draw_gradients, Activations: draw_activations,
     }  # fmt: skip
-    commands = {kind.__name__.lower(): kind for kind in drawn}
-    chosen = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    shared.check_file("--out", chosen.out)  # some of them train first
     pathlib.Path(chosen.out).write_text(drawn[type(chosen)](chosen) + "\n")
     print(f"Wrote {chosen.out}")
 

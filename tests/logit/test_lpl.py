@@ -293,7 +293,6 @@ def test_errors_say_what_to_write(settings, message):
         pj.lpl(**settings)
     with pytest.raises(ValueError, match=message):
         pj.lpl.resolve_structure(dict(bound=1.0, step_size=0.1, max_steps=None) | settings)
-        pj.lpl(**settings)
 
 
 def test_a_traced_bound_needs_max_steps():

@@ -1,6 +1,6 @@
 """Methods that act only after a while (an epoch, a warm-up, a first visit), once they do: eight devices are one device.
 
-tests/test_contract.py looks at every method's first step, where these still are plain training.
+tests/test_contract.py looks at three steps of every method with its default settings, where some of these still are plain training.
 """
 
 import jax
