@@ -32,6 +32,8 @@ def each(methods):
 every_method = each(METHODS)
 
 CLASSES, BATCH, SIDE, DOMAINS = 5, 16, 4, 3
+EXAMPLES = 115 + BATCH
+EPOCH = EXAMPLES // BATCH  # steps
 
 
 def normalised(x, running, train):
@@ -90,9 +92,7 @@ def parts(made):
 
 def start(made, params, stats, batch):
     links, tx = parts(made)
-    objective = pj.objective(
-        LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=115 + BATCH, num_domains=DOMAINS
-    )
+    objective = pj.objective(LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=EXAMPLES, num_domains=DOMAINS)
     # Buffers of their own: an init may hand out one array twice.
     states = jax.tree.map(jnp.array, objective.init(params, batch.inputs, stats=stats))
     return params, stats, states, tx.init(params)
@@ -103,11 +103,11 @@ def one_step(made, state, batch, key, *, axis_name=None, epoch=1):
     params, stats, states, opt_state = state
     links, tx = parts(made)
     objective = pj.objective(
-        LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=115 + BATCH, num_domains=DOMAINS, axis_name=axis_name
+        LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=EXAMPLES, num_domains=DOMAINS, axis_name=axis_name
     )  # fmt: skip
 
     def loss(params, weights=None):
-        place = dict(key=key, progress=0.31 * jnp.float32(epoch + 1), epoch=epoch, stats=stats)
+        place = dict(key=key, step=EPOCH * epoch, progress=0.31 * jnp.float32(epoch + 1), epoch=epoch, stats=stats)
         return objective(params, states, batch, weights=weights, **place)
 
     average = (lambda tree: tree) if axis_name is None else (lambda tree: jax.lax.pmean(tree, axis_name))
@@ -320,7 +320,7 @@ def test_the_perturbations_are_the_same_on_one_two_and_eight_devices(name, per_d
     P = PartitionSpec
 
     def deltas(devices):
-        shape = dict(num_classes=CLASSES, class_counts=COUNTS, num_examples=115 + BATCH)
+        shape = dict(num_classes=CLASSES, class_counts=COUNTS, num_examples=EXAMPLES)
         made = pj.objective(
             LINE, (see("before"), make(), see("after")), axis_name="d" if per_device and devices else None, **shape
         )
@@ -363,13 +363,13 @@ def test_what_later_links_take_for_clean_logits_knows_nothing_of_the_labels(make
     """Statistics of the classes come from there: a method that puts the label into the logits, or searches with it, leaves others behind."""
     params, stats, batch = problem()
     links = pj.chain(make(), seen())
-    objective = pj.objective(
-        LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=115 + BATCH, num_domains=DOMAINS
-    )
+    objective = pj.objective(LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=EXAMPLES, num_domains=DOMAINS)
 
     @jax.jit
     def step(states, labels, epoch):
-        place = dict(key=jax.random.key(0), step=epoch, progress=0.31 * jnp.float32(epoch + 1), epoch=epoch, stats=stats)
+        place = dict(
+            key=jax.random.key(0), step=EPOCH * epoch, progress=0.31 * jnp.float32(epoch + 1), epoch=epoch, stats=stats
+        )
         return objective(params, states, batch._replace(labels=labels), **place)[1]
 
     others = (batch.labels + 1) % CLASSES

@@ -103,8 +103,9 @@ class Progress:
 
     def of(self, s: int) -> dict:
         """The progress of one of the runs alone, as a checkpoint keeps it; whoever writes its log sets log_size."""
-        shared = {"seconds": self.seconds / len(self.accuracy), "log_size": 0, "tested": self.tested}
-        return {name: [x[s]] if isinstance(x, list) else x for name, x in dataclasses.asdict(self).items()} | shared
+        fields = dataclasses.asdict(self)
+        shared = {"step": self.step, "seconds": self.seconds / len(self.accuracy), "log_size": 0, "tested": self.tested}
+        return {name: shared[name] if name in shared else [own[s]] for name, own in fields.items()}
 
     @classmethod
     def start(cls, runs: int) -> "Progress":

@@ -237,6 +237,7 @@ def test_another_attack_joins_those_before(tmp_path):
     assert list(read(tmp_path)["methods"]["ce"]["attacks"]) == [first, second]
 
 
+@pytest.mark.optax_promotes
 def test_a_bad_attack_ends_the_command_before_training(tmp_path):
     with pytest.raises(ValueError, match="pgd needs bound <= 1, got 8"):
         compare.main(["--methods", "ce", "--attack", "pgd(bound=8)", "--out", str(tmp_path / "out")])

@@ -284,7 +284,6 @@ def test_max_steps_changes_nothing_where_it_suffices(batch):
         (dict(bound=5.0, max_steps=3), r"lpl needs max_steps >= floor\(bound / step_size\) = 50, got 3. Pass max_steps=50"),
         (dict(bound=pj.varied(eps=1.0), max_steps=10), "= 20, got 10"),
         (dict(step_size=0.0), "lpl needs step_size > 0, got 0.0"),
-        (dict(bound=-1.0), "lpl needs bound >= 0, got -1.0"),
         (dict(bound=float("inf")), "lpl needs a finite bound, got inf"),
     ],
 )
@@ -293,6 +292,11 @@ def test_errors_say_what_to_write(settings, message):
         pj.lpl(**settings)
     with pytest.raises(ValueError, match=message):
         pj.lpl.resolve_structure(dict(bound=1.0, step_size=0.1, max_steps=None) | settings)
+
+
+def test_a_negative_bound_is_an_error():
+    with pytest.raises(ValueError, match="lpl needs bound >= 0, got -1.0"):
+        pj.lpl(bound=-1.0)
 
 
 def test_a_traced_bound_needs_max_steps():
