@@ -335,13 +335,7 @@ class Objective:
     def _check_shapes(self, data: Batch, weights: ArrayLike | None) -> None:
         """Raises ValueError for a batch that is not one of B samples: [B, 1] against [B] would broadcast to B·B losses without a word."""
         count = np.shape(data.inputs)[0]
-        fields = {
-            "labels": data.labels,
-            "index": data.index,
-            "weights": data.weights,
-            "targets": data.targets,
-            "weights=": weights,
-        }
+        fields = {name: getattr(data, name) for name in ("labels", "index", "weights", "targets")} | {"weights=": weights}
         for name, value in fields.items():
             shape, axes = ((count, self.context.num_classes), "[B, C]") if name == "targets" else ((count,), "[B]")
             if value is None or np.shape(value) == shape:

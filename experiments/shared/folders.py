@@ -15,7 +15,7 @@ import numpy as np
 from experiments.shared.flags import Settings, devices_of
 from perturbjax.data import Dataset
 from perturbjax.training import History, OtherSettings, RunFolder
-from perturbjax.training.folder import FolderInUse, compare_settings
+from perturbjax.training.folder import RUN, FolderInUse, compare_settings
 
 RUNTIME = (
     "out", "plugin", "devices", "stream", "steps_per_call", "checkpoint_seconds", "log_every", "test_every", "tensorboard",
@@ -115,7 +115,8 @@ def claimed(path: pathlib.Path, identity: dict) -> RunFolder:
     try:
         folder = RunFolder(path)
     except FolderInUse:
-        compare_settings(path, identity)
+        if (path / RUN).exists():  # or else it has just been made
+            compare_settings(path, identity)
         raise
     try:
         folder.claim(identity)

@@ -88,9 +88,7 @@ def dlb(*, weight: ArrayLike = 1.0, temperature: ArrayLike = 3.0) -> tuple[Pertu
         taught = t**2 * distillation_losses(now, then, temperature=t)
         cross_entropy = -jnp.sum(targets.astype(now.dtype) * jax.nn.log_softmax(logits), axis=-1)
         paid = weights.astype(now.dtype) * (cross_entropy / 2 + jnp.asarray(weight, now.dtype) * taught)
-        clean = clean_logits(
-            flow, flow.trace["logits"]
-        )  # of links that search or know the label only one of the passes has all
+        clean = clean_logits(flow, flow.trace["logits"])  # searches and labels are not the same in both passes
         state = gather(jax.lax.stop_gradient(clean), context.axis_name).astype(state.dtype)
         flow = flow._replace(
             penalty=flow.penalty + jnp.where(there, paid, 0).astype(flow.penalty.dtype),
