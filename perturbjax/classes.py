@@ -24,6 +24,19 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(at_least_float32(x.dtype))
 
 
+def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """All devices' shares [B, ...], one after the other; x itself without an axis."""
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+
+
+def own_share(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """This device's share of what `gather` returned; x itself without an axis."""
+    if axis_name is None:
+        return x
+    size = x.shape[0] // jax.lax.axis_size(axis_name)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * size, size)
+
+
 def class_sum(values: jax.Array, labels: jax.Array, num_classes: int, *, axis_name: AxisName = None) -> jax.Array:
     """Sum of `values` [B, ...] over the samples of each class: [C, ...], in at least float32.
 

@@ -105,6 +105,13 @@ class Context(NamedTuple):
         """Epochs that are over."""
         return self._told("epoch", "epoch=i // steps_per_epoch, the number of epochs that are over")
 
+    def features_size(self) -> int:
+        """d of the site "features", [B, d]. Raises ValueError for features of another form."""
+        shape = self.site_shapes["features"]
+        if len(shape) != 2:
+            raise ValueError(f"{self.name} needs features [B, d], got {shape}. Put the site 'features' after the pooling.")
+        return shape[1]
+
     def begun(self, start: ArrayLike) -> jax.Array:
         """[] bool: whether the share `start` of training is over. A start of 0 has no need of `progress`."""
         at_once = not is_traced(start) and np.all(np.asarray(start) <= 0)
@@ -270,7 +277,7 @@ class Objective:
         context = self.context._replace(
             site_shapes=shapes, inputs=inputs if known else None, batch_size=inputs.shape[0], level=self.line.level
         )  # fmt: skip
-        states = [link.init(context._replace(site=link.site)) for link in self.links]
+        states = [link.init(context._replace(site=link.site, name=link.name)) for link in self.links]
         return tuple(state if _owner(self.links, i) == i else () for i, state in enumerate(states))
 
     def __call__(
@@ -594,12 +601,11 @@ def _collected(links: Chain, reports: list[tuple[int, Mapping[str, jax.Array]]])
         if counts or len(values) == 1:
             metrics[name] = sum(list(values.values())[1:], start=next(iter(values.values())))
         if len(values) > 1:
-            for place, value in values.items():
-                own = [i for i in range(len(links)) if (i if counts else _owner(links, i)) == place]
-                site = full = f"{name}@{'+'.join(links[i].site for i in own)}"
-                while full in metrics:  # several at one site
-                    full = f"{site}#{int(full.removeprefix(site)[1:] or 1) + 1}"
-                metrics[full] = value
+            owners = [i if counts else _owner(links, i) for i in range(len(links))]
+            sites = ["+".join(links[i].site for i, owner in enumerate(owners) if owner == place) for place in values]
+            for number, (site, value) in enumerate(zip(sites, values.values(), strict=True)):
+                before = sites[:number].count(site)  # several at one site: "@site", "@site#2", …
+                metrics[f"{name}@{site}" + (f"#{before + 1}" if before else "")] = value
     return metrics
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from perturbjax.checks import check_index
-from perturbjax.classes import AxisName
+from perturbjax.classes import AxisName, gather
 from perturbjax.core import Context
 
 
@@ -48,16 +48,3 @@ def add(table: jax.Array, index: jax.Array, rows: jax.Array, *, axis_name: AxisN
     """The table with `rows` [B, ...] added to those of the samples `index` [B]; a sample that occurs twice is added twice."""
     index, rows = gather(index, axis_name), gather(rows, axis_name)
     return table.at[index].add(rows.astype(table.dtype), mode="drop", wrap_negative_indices=False)
-
-
-def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """All devices' shares [B, ...], one after the other; x itself without an axis."""
-    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
-
-
-def own_share(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """This device's share of what `gather` returned; x itself without an axis."""
-    if axis_name is None:
-        return x
-    size = x.shape[0] // jax.lax.axis_size(axis_name)
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * size, size)

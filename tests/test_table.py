@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 import perturbjax as pj
 from perturbjax.analysis.dynamics import dynamics
 from perturbjax.checks import check_index
+from perturbjax.classes import gather, own_share
 from perturbjax.core import Context
-from perturbjax.table import add, gather, new_table, own_share, read, write
+from perturbjax.table import add, new_table, read, write
 
 N, B = 10, 8
 INDEX, ROWS = jnp.array([3, 1, 9, 0, 4, 5, 2, 7]), jnp.arange(2.0 * B).reshape(B, 2)

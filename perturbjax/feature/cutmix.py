@@ -72,9 +72,7 @@ def cutmix(
         weight = jnp.maximum(share, 1 - share)
         theirs = theirs.reshape(theirs.shape + (1,) * (flow.value.ndim - 3))
         return (
-            flow._replace(
-                value=jnp.where(theirs, flow.value[partner], flow.value), targets=mix(flow.targets, weight[:, None], partner)
-            ),
+            flow._replace(value=jnp.where(theirs, flow.value[partner], flow.value), targets=mix(flow.targets, weight, partner)),
             state,
             {"weight": weight.mean()},
         )

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from perturbjax.checks import check_domain_count, check_number, domains_of
 from perturbjax.classes import class_count
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
-from perturbjax.feature.mixup import mix_side
+from perturbjax.feature.mixup import mix, mix_side
 
 
 def ring_partners(key: jax.Array, domains: jax.Array, *, num_domains: int) -> jax.Array:
@@ -60,15 +60,12 @@ def domain_mixup(*, alpha: ArrayLike = 0.2, site: str = "input") -> Perturbation
         drawn = jax.random.beta(weight_key, alpha, alpha, [context.num_domains])
         weight = jnp.maximum(drawn, 1 - drawn)[domains]  # [B]
 
-        def mixed(values: jax.Array) -> jax.Array:
-            if not jnp.issubdtype(values.dtype, jnp.floating):
-                raise ValueError(
-                    f"domain_mixup needs floating values, got {values.dtype}. Mix at a later site: site='features'."
-                )
-            own = weight.astype(values.dtype).reshape(-1, *[1] * (values.ndim - 1))
-            return own * values + (1 - own) * values[partner]
-
+        if not jnp.issubdtype(flow.value.dtype, jnp.floating):
+            raise ValueError(
+                f"domain_mixup needs floating values, got {flow.value.dtype}. Mix at a later site: site='features'."
+            )
+        value, targets = (mix(values, weight, partner) for values in (flow.value, flow.targets))
         side = mix_side(flow.side, weight[:, None], partner)
-        return flow._replace(value=mixed(flow.value), targets=mixed(flow.targets), side=side), state, {"weight": weight.mean()}
+        return flow._replace(value=value, targets=targets, side=side), state, {"weight": weight.mean()}
 
     return Perturbation(site, init, apply, needs=("domains",))

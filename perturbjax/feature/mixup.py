@@ -24,7 +24,7 @@ def draw_mixing(key: jax.Array, batch_size: int, *, alpha: ArrayLike) -> tuple[j
 
 
 def mix(values: jax.Array, weight: ArrayLike, partner: jax.Array) -> jax.Array:
-    """λ·values + (1 − λ)·values[partner], for floating values [B, ...], λ a number and partner [B] positions in the batch.
+    """λ·values + (1 − λ)·values[partner], for floating values [B, ...], λ a number or [B], and partner [B] positions in the batch.
 
     >>> print(mix(jnp.array([0.0, 1.0]), 0.75, jnp.array([1, 0])))
     [0.25 0.75]
@@ -34,6 +34,7 @@ def mix(values: jax.Array, weight: ArrayLike, partner: jax.Array) -> jax.Array:
             f"mix needs floating values, got {values.dtype}. Convert them first: values.astype(jnp.float32) / 255."
         )
     weight = jnp.asarray(weight, values.dtype)
+    weight = weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim))
     return weight * values + (1 - weight) * values[partner]
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.classes import RunningMean, class_count, class_mean, running_mean_init, running_mean_update, wide
+from perturbjax.classes import RunningMean, class_count, class_mean, gather, running_mean_init, running_mean_update, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 from perturbjax.projection import group_norm, per_group
 
@@ -104,8 +104,7 @@ def robust_clustering(
         return flow._replace(value=flow.value + o.astype(flow.value.dtype)), state, metrics
 
     def moved_radius(radius: jax.Array, length: jax.Array, known: jax.Array, context: Context) -> jax.Array:
-        if context.axis_name is not None:
-            length, known = (jax.lax.all_gather(x, context.axis_name, tiled=True) for x in (length, known))
+        length, known = gather(length, context.axis_name), gather(known, context.axis_name)
         found = jnp.nanquantile(jnp.where(known, length, jnp.nan).astype(jnp.float32), jnp.asarray(quantile, jnp.float32))
         share = jnp.asarray(decay, jnp.float32)
         moved = jnp.where(radius > 0, share * radius + (1 - share) * found, found)

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.classes import AxisName, wide
+from perturbjax.classes import AxisName, gather, own_share, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 from perturbjax.label.bootstrapping import bootstrapped_targets
-from perturbjax.table import gather, own_share
 
 
 def local_dimension(features: jax.Array, *, num_neighbours: int = 20, axis_name: AxisName = None) -> jax.Array:

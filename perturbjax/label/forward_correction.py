@@ -18,8 +18,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
+from perturbjax.classes import gather
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
-from perturbjax.table import gather
 
 KINDS = ("symmetric", "pair", "estimated", "learned")
 

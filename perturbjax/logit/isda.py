@@ -77,10 +77,8 @@ def isda(
     check_choice("isda", "update", update, ("before", "after"))
 
     def init(context: Context) -> ISDAState:
-        shape = context.site_shapes["features"]
-        if len(shape) != 2:
-            raise ValueError(f"isda needs features [B, d], got {shape}. Put the site 'features' after the pooling.")
-        return ISDAState(*running_covariance_init(context.num_classes, shape[1]), jnp.int32(-1), jnp.float32(0))
+        covariance = running_covariance_init(context.num_classes, context.features_size())
+        return ISDAState(*covariance, jnp.int32(-1), jnp.float32(0))
 
     def advance(state: ISDAState, flow: Flow, context: Context) -> ISDAState:
         before = RunningCovariance(state.count * jnp.asarray(decay, jnp.float32), state.mean, state.covariance)

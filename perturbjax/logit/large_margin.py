@@ -73,8 +73,7 @@ def large_margin(*, margin: int = 4, first: ArrayLike = 1000.0, last: ArrayLike 
         return jnp.exp(begin + (end - begin) * jnp.minimum(done, 1))
 
     def init(context: Context) -> tuple:
-        if len(shape := context.site_shapes["features"]) != 2:
-            raise ValueError(f"large_margin needs features [B, d], got {shape}. Put the site 'features' after the pooling.")
+        context.features_size()
         return ()
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):

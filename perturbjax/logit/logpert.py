@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, check_samples, is_traced
-from perturbjax.classes import at_least_float32, wide
+from perturbjax.classes import at_least_float32, gather, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
 from perturbjax.inference.proximal import CROSS_ENTROPY_STEP, REGULARISERS, Regulariser, proximal_search, proximal_step
-from perturbjax.table import add, gather, new_table, read, write
+from perturbjax.table import add, new_table, read, write
 
 SEARCHES = ("exact", "acs", "joint")
 STEP_SIZES = {"exact": 0.0, "acs": CROSS_ENTROPY_STEP, "joint": 6.0}

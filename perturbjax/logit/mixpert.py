@@ -20,13 +20,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, check_samples, is_traced
-from perturbjax.classes import AxisName, at_least_float32, wide
+from perturbjax.classes import AxisName, at_least_float32, gather, own_share, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method, per_sample_keys
 from perturbjax.feature.adversarial import check_ball, check_inputs, pixel_range
 from perturbjax.inference.pgd import pgd
 from perturbjax.projection import per_group
 from perturbjax.split import by_loss_top
-from perturbjax.table import gather, own_share
 
 _LIFT = "mixpert"  # in flow.extra: ε₁ of every sample [B], zero for those perturbed at the input
 FORMS = ("step", "ball")

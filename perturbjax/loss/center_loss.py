@@ -57,10 +57,7 @@ def center_loss(*, weight: ArrayLike = 0.003, step_size: ArrayLike = 0.5) -> Per
     check_number("center_loss", low=0, high=1, step_size=step_size)
 
     def init(context: Context) -> CenterState:
-        shape = context.site_shapes["features"]
-        if len(shape) != 2:
-            raise ValueError(f"center_loss needs features [B, d], got {shape}. Put the site 'features' after the pooling.")
-        return CenterState(jnp.zeros([context.num_classes, shape[1]], jnp.float32))
+        return CenterState(jnp.zeros([context.num_classes, context.features_size()], jnp.float32))
 
     def apply(flow: Flow, rest: Rest, state: CenterState, context: Context):
         distance = center_penalty(flow.value, flow.labels, state.centers)

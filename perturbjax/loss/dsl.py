@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, is_traced
-from perturbjax.classes import AxisName, wide
+from perturbjax.classes import AxisName, gather, wide
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 from perturbjax.projection import unit
 
@@ -88,8 +88,7 @@ def prototype_labels(features: jax.Array, prototypes: jax.Array, chosen: jax.Arr
 def remember(state: DSLState, features: jax.Array, labels: jax.Array, *, axis_name: AxisName = None) -> DSLState:
     """The state with the batch's features [B, d] written over the oldest ones of their classes."""
     features = unit(wide(jax.lax.stop_gradient(features))).astype(state.features.dtype)
-    if axis_name is not None:  # all devices write the same rows
-        features, labels = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (features, labels))
+    features, labels = gather(features, axis_name), gather(labels, axis_name)  # all devices write the same rows
     num_classes, size, _ = state.features.shape
     member = jax.nn.one_hot(labels, num_classes, dtype=jnp.int32)
     total = member.sum(axis=0, dtype=jnp.int32)
@@ -125,13 +124,11 @@ def dsl(
     check_number("dsl", low=-1, high=1, alike=alike)
 
     def init(context: Context) -> DSLState:
-        shape, classes = context.site_shapes["features"], context.num_classes
-        if len(shape) != 2:
-            raise ValueError(f"dsl needs features [B, d], got {shape}. Put the site 'features' after the pooling.")
+        dimension, classes = context.features_size(), context.num_classes
         unknown = context.class_counts is None or is_traced(context.class_counts)
         most = num_samples if unknown else int(np.max(np.asarray(context.class_counts)))
         size = max(min(num_samples, most), num_prototypes)
-        empty = lambda n: jnp.zeros([classes, n, shape[1]], jnp.float32)
+        empty = lambda n: jnp.zeros([classes, n, dimension], jnp.float32)
         none = jnp.zeros([classes, num_prototypes], bool)
         return DSLState(empty(size), jnp.zeros([classes], jnp.int32), empty(num_prototypes), none)
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
-from perturbjax.classes import AxisName
+from perturbjax.classes import AxisName, gather
 from perturbjax.core import Context, Flow, Perturbation, Rest, method
 from perturbjax.parameter.timing import Course, Place, at, check_setting, not_negative
 
@@ -38,8 +38,7 @@ def self_paced_losses(losses: jax.Array, threshold: ArrayLike, *, kind: Literal[
 
 def loss_quantile(losses: jax.Array, level: ArrayLike, *, axis_name: AxisName = None) -> jax.Array:
     """The loss that a share `level` of the batch (of all devices' batches) does not exceed: the ⌈level · B⌉-th smallest."""
-    if axis_name is not None:
-        losses = jax.lax.all_gather(losses, axis_name, tiled=True)
+    losses = gather(losses, axis_name)
     number = jnp.ceil(jnp.asarray(level, jnp.float32) * losses.shape[0] - 1e-3).astype(
         jnp.int32
     )  # 0.9 · 10 is 9, not 9.0000004

@@ -17,7 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.classes import AxisName, wide
+from perturbjax.classes import AxisName, gather, own_share, wide
 from perturbjax.core import method
 from perturbjax.parameter.ascent import move, require, to_climb, unit_tree, widen
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
@@ -47,13 +47,11 @@ def esam_weights(rise: jax.Array, *, gamma: ArrayLike = 0.5, axis_name: AxisName
     [0. 2. 2. 0.]
     """
     rise = wide(rise)
-    everyone = rise if axis_name is None else jax.lax.all_gather(rise, axis_name, tiled=True)
+    everyone = gather(rise, axis_name)
     total = everyone.shape[0]
     place = jnp.argsort(jnp.argsort(-everyone, stable=True), stable=True)  # 0 for the largest; nan is last
-    if axis_name is not None:
-        first = jax.lax.axis_index(axis_name) * rise.shape[0]
-        place = jax.lax.dynamic_slice(place, (first,), rise.shape)
     count = jnp.maximum(jnp.round(jnp.asarray(gamma, rise.dtype) * total), 1)
+    place = own_share(place, axis_name)
     return jnp.where(place.astype(count.dtype) < count, total / count, 0)
 
 
