@@ -21,7 +21,7 @@ def logit_adjustment_delta(class_counts: ArrayLike, *, tau: ArrayLike = 1.0) -> 
     Raises:
       ValueError: a class without samples (log 0).
 
-    >>> print(np.asarray(logit_adjustment_delta(np.array([75, 25]))).round(3))
+    >>> print(logit_adjustment_delta(jnp.array([75, 25])))
     [-0.288 -1.386]
     """
     check_class_counts("logit_adjustment", class_counts)
