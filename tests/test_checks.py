@@ -9,6 +9,9 @@ import pytest
 
 import perturbjax as pj
 from perturbjax.checks import check_choice, check_labels, check_logits_labels, check_number, is_traced, nearest
+from perturbjax.parameter.amp import amp_project
+from perturbjax.parameter.asam import asam_scale
+from perturbjax.parameter.rts import rts_ascent
 
 
 def message(check, *args, **kwargs):
@@ -171,3 +174,24 @@ def test_labels_outside_the_classes():
     )
     assert message(check_labels, "f", [0, 5, -1], 3).endswith("got 5 at position 1 (2 such labels). Drop these rows.")
     assert "labels.astype('int32')" in message(check_labels, "f", [0.0, 1.0], 3)
+
+
+ONE = jnp.ones([2])
+
+
+@pytest.mark.parametrize(
+    "call, name",
+    [
+        (lambda: pj.noise_matrix("pear", 3, 0.2), "kind"),
+        (lambda: pj.bootstrapped_targets(jnp.eye(2), jnp.log(jnp.full([2, 2], 0.5)), weight=0.1, kind="had"), "kind"),
+        (lambda: pj.self_paced_losses(ONE, 1.0, kind="liner"), "kind"),
+        (lambda: pj.class_weights(np.array([3, 1]), kind="balance"), "kind"),
+        (lambda: amp_project({"w": ONE}, radius=1.0, norm="tenser"), "norm"),
+        (lambda: rts_ascent({"w": ONE}, {"w": ONE}, ascent="gradiant"), "ascent"),
+        (lambda: asam_scale({"w": ONE}, adaptive="weight"), "adaptive"),
+    ],
+)
+def test_functions_refuse_names_they_do_not_know(call, name):
+    """And don't take them for another one."""
+    with pytest.raises(ValueError, match=rf"needs {name} to be one of its names, got '\w+'. Did you mean"):
+        call()
