@@ -41,6 +41,7 @@ from perturbjax.feature.adversarial_training import adversarial_training
 from perturbjax.feature.cuat import cuat
 from perturbjax.feature.cutmix import cutmix, cutmix_boxes
 from perturbjax.feature.domain_mixup import domain_mixup, ring_partners
+from perturbjax.feature.free_at import free_at
 from perturbjax.feature.mixed_uat import mixed_uat
 from perturbjax.feature.mixup import draw_mixing, mix, mixup
 from perturbjax.feature.random_erasing import erasing_box, random_erasing

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_index, check_labels, is_traced
+from perturbjax.checks import check_index, check_labels, check_number, is_traced
 from perturbjax.classes import AxisName, at_least_float32, wide
 from perturbjax.line import Line, line
 
@@ -76,6 +76,7 @@ class Context(NamedTuple):
     num_domains: int | None = None
     axis_name: AxisName = None
     balanced_from: float | None = None  # share of training after which batches are drawn class-balanced; None: never
+    replays: int = 1  # how often each batch comes in a row
     site: str | None = None  # where this link acts
     level: Callable[[str], int] | None = None  # number of a site, for layer-scaled bounds (Line.level)
     site_shapes: Mapping[str, tuple[int, ...]] | None = None  # at init only: shape of a batch's value at each site
@@ -388,6 +389,7 @@ def objective(
     num_domains: int | None = None,
     axis_name: AxisName = None,
     balanced_from: float | None = None,
+    replays: int = 1,
     steps_per_epoch: int | None = None,
 ) -> Objective:
     """The perturbed loss of a model as one pure function.
@@ -402,6 +404,7 @@ def objective(
       axis_name: mapped axis of per-device code (pmap, shard_map); None under jit, sharded or not. The model's own random draws are
         independent on every device then.
       balanced_from: share of training after which the batches are class-balanced, for methods that ask for such.
+      replays: how often each batch comes in a row, for methods that ask for more than once.
       steps_per_epoch: for the methods that act once an epoch; None: the full batches in num_examples.
 
     Raises:
@@ -425,6 +428,7 @@ def objective(
                     "outputs": "Give the model one more output: create(..., abstain=True), --abstain.",
                 }.get(need, f"The model's sites are {', '.join(made.sites)}: cut it there with pj.line.")
                 raise ValueError(f"{link.name or 'link'} needs {need!r}, got none. {how}")
+    check_number("objective", low=1, replays=replays)
     if num_classes < 2:
         raise ValueError(f"objective needs num_classes >= 2, got {num_classes}. With one class there is nothing to learn.")
     if class_counts is not None:
@@ -434,8 +438,11 @@ def objective(
                 f"objective needs class_counts of shape ({num_classes},), got {class_counts.shape}. "
                 "Count with numpy.bincount(labels, minlength=num_classes)."
             )
-    context = Context(num_classes, class_counts, num_examples, None, num_domains, axis_name, balanced_from, scale=made.scale)
-    return Objective(made, links, context._replace(steps_per_epoch=steps_per_epoch))
+    context = Context(
+        num_classes, class_counts, num_examples, num_domains=num_domains, axis_name=axis_name, balanced_from=balanced_from,
+        replays=replays, steps_per_epoch=steps_per_epoch, scale=made.scale,
+    )  # fmt: skip
+    return Objective(made, links, context)
 
 
 @dataclasses.dataclass(frozen=True)

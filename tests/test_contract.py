@@ -92,7 +92,9 @@ def parts(made):
 
 def start(made, params, stats, batch):
     links, tx = parts(made)
-    objective = pj.objective(LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=EXAMPLES, num_domains=DOMAINS)
+    objective = pj.objective(
+        LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=EXAMPLES, num_domains=DOMAINS, replays=8
+    )
     # Buffers of their own: an init may hand out one array twice.
     states = jax.tree.map(jnp.array, objective.init(params, batch.inputs, stats=stats))
     return params, stats, states, tx.init(params)
@@ -103,7 +105,7 @@ def one_step(made, state, batch, key, *, axis_name=None, epoch=1):
     params, stats, states, opt_state = state
     links, tx = parts(made)
     objective = pj.objective(
-        LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=EXAMPLES, num_domains=DOMAINS, axis_name=axis_name
+        LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=EXAMPLES, num_domains=DOMAINS, replays=8, axis_name=axis_name
     )  # fmt: skip
 
     def loss(params, weights=None):
@@ -363,7 +365,9 @@ def test_what_later_links_take_for_clean_logits_knows_nothing_of_the_labels(make
     """Statistics of the classes come from there: a method that puts the label into the logits, or searches with it, leaves others behind."""
     params, stats, batch = problem()
     links = pj.chain(make(), seen())
-    objective = pj.objective(LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=EXAMPLES, num_domains=DOMAINS)
+    objective = pj.objective(
+        LINE, links, num_classes=CLASSES, class_counts=COUNTS, num_examples=EXAMPLES, num_domains=DOMAINS, replays=8
+    )
 
     @jax.jit
     def step(states, labels, epoch):

@@ -15,6 +15,7 @@ from perturbjax import spec, taxonomy
 from perturbjax.checks import check_number
 from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load
 from perturbjax.data.text import Tokenizer, read_vectors
+from perturbjax.feature.free_at import free_at
 from perturbjax.frozen import check_frozen
 from perturbjax.loss.balanced_fine_tuning import balanced_fine_tuning
 from perturbjax.models import TEXT_NAMES, bert_fields, create, load_bert, load_resnet, resnet_fields, with_vectors
@@ -46,6 +47,8 @@ class Method:
     """Whether they need one more output."""
     fine_tuning: FineTuning | None = None
     """What they ask of the trainer for the last part."""
+    replays: int = 1
+    """How often they ask for each batch."""
 
     def __call__(self, numbers: Any) -> tuple:
         """The perturbations and optax links for these numbers."""
@@ -63,19 +66,21 @@ def parse_methods(text: str, plugins: tuple[str, ...] = ()) -> dict[str, tuple[M
         method = Method(structure, plugins)
         needs = {need for link in split_methods(method(numbers))[0] for need in link.needs}
         head = "cosine" if "cosine" in needs else "linear"
-        tuning = fine_tuning(structure, numbers, registry)
-        found[typed] = (dataclasses.replace(method, head=head, abstain="outputs" in needs, fine_tuning=tuning), numbers)
+        asked = {"head": head, "abstain": "outputs" in needs} | asked_of_trainer(structure, numbers, registry)
+        found[typed] = (dataclasses.replace(method, **asked), numbers)
     return found
 
 
-def fine_tuning(structure: tuple, numbers: tuple, registry: Mapping[str, Callable]) -> FineTuning | None:
-    """What balanced_fine_tuning(form=samples) asks of the trainer, if it is among the methods."""
-    value = lambda x: numbers[x.index] if isinstance(x, spec.Slot) else x
+def asked_of_trainer(structure: tuple, numbers: tuple, registry: Mapping[str, Callable]) -> dict[str, Any]:
+    """What balanced_fine_tuning(form=samples) and free_at ask of the trainer, as fields of a Method; {} without them."""
+    value, found = lambda x: numbers[x.index] if isinstance(x, spec.Slot) else x, {}
     for call in structure:
         settings = {name: value(x) for name, x in call.kwargs}
         if registry[call.name] is balanced_fine_tuning and settings["form"] == "samples":
-            return FineTuning(settings["start"], settings["rate"])
-    return None
+            found["fine_tuning"] = FineTuning(settings["start"], settings["rate"])
+        if registry[call.name] is free_at:
+            found["replays"] = settings["replays"]
+    return found
 
 
 def load_view(settings: Settings, seed: int, views: tuple[Callable, ...] | None = None) -> Dataset:
@@ -160,7 +165,7 @@ def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tup
         momentum=settings.momentum > 0, nesterov=settings.nesterov, augmentation=augmentation(settings, dataset, own.get("mean")),
         accumulate=settings.accumulate, optimizer=settings.optimizer, initial=initial,
         num_domains=None if dataset.train_domains is None else len(dataset.domain_names),
-        fine_tuning=getattr(method, "fine_tuning", None),
+        fine_tuning=getattr(method, "fine_tuning", None), replays=getattr(method, "replays", 1),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Data: names to arrays (`load`), seeded views of them (`VIEWS`), batches, and augmentation on the device."""
 
 from perturbjax.data.augment import Augmentation, augment
-from perturbjax.data.batches import balanced_order, epoch_order, evaluation_batches
+from perturbjax.data.batches import balanced_order, epoch_order, evaluation_batches, replayed_order
 from perturbjax.data.dataset import Dataset, check
 from perturbjax.data.duplicates import check_duplicates
 from perturbjax.data.sources import SOURCES, load
@@ -48,6 +48,7 @@ __all__ = [
     "pack",
     "read_pieces",
     "read_vectors",
+    "replayed_order",
     "shrink",
     "thin",
     "unpack",

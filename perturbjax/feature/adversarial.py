@@ -2,7 +2,8 @@ r"""What adversarial training by sample, class and corpus shares: the ball and i
 
     δ_g ← Π_{‖δ‖ ≤ ε}( δ_g + α · sign Σ_{i ∈ g} ∇_x min(ℓ(x_i + δ_g), β) )          a group absent from the batch keeps its delta
 
-With every sample its own group and δ = 0 at every batch this is AT; with classes and a δ that persists C-UAT; with one group UAT.
+With every sample its own group and δ = 0 at every batch this is AT; with a δ that persists, classes make it C-UAT, one group UAT, places
+in the batch free AT.
 Source: taxonomy eqs. 31, 45–47.
 """
 
@@ -118,7 +119,7 @@ def persistent_start(state: PersistentDelta, key: jax.Array, *, random_starts: b
 def persistent_link(
     function: str,
     site: str,
-    groups_of: Callable[[Flow, Context], jax.Array],
+    groups_of: Callable[[Flow, Context, int], jax.Array],
     number_of: Callable[[Context], int],
     *,
     bound: ArrayLike,
@@ -131,12 +132,12 @@ def persistent_link(
     value_range: Range,
     random_starts: bool,
 ) -> Perturbation:
-    """Training at x + δ_g with a δ for each group that persists over batches: UAT and C-UAT, which differ in who is a group.
+    """Training at x + δ_g with a δ for each group that persists over batches: UAT, C-UAT and free AT, which differ in who is a group.
 
     Args:
       function: the method's name, for messages.
       site, bound, step_size, num_steps, norm, step, clip_loss, update, value_range, random_starts: the method's settings.
-      groups_of: (flow, context) -> [B] integers.
+      groups_of: (flow, context, G) -> [B] integers.
       number_of: context at init -> G.
     """
     check_ball(function, norm=norm, step=step, site=site, value_range=value_range, bound=bound, step_size=step_size)
@@ -151,7 +152,7 @@ def persistent_link(
     def apply(flow: Flow, rest: Rest, state: PersistentDelta, context: Context):
         require_floats(function, flow.value, site)
         require_shape(function, flow.value, state.delta, site)
-        groups, span = groups_of(flow, context), pixel_range(value_range, context)
+        groups, span = groups_of(flow, context, state.delta.shape[0]), pixel_range(value_range, context)
         now = persistent_start(state, context.key, random_starts=random_starts, bound=bound, norm=norm)
         after = group_ascent(
             rest, flow.value, now, groups, bound=bound, step_size=step_size, num_steps=num_steps, norm=norm, step=step,

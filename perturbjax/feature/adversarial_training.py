@@ -3,8 +3,7 @@ r"""Adversarial training (AT): trains on the input that projected gradient ascen
     δ⁰ ~ U(−ε, ε);   δ ← Π_{‖δ‖ ≤ ε}( δ + α · sign ∇_x ℓ(x + δ) ),   x + δ clipped to the pixel range
 
 Fast AT (Wong et al., ICLR 2020) is one step of 1.25 ε from a random start: adversarial_training(bound=8/255, step_size=10/255,
-num_steps=1). Free AT (Shafahi et al., NeurIPS 2019) is no setting of this link: it is a way to draw batches, each m times in a row, for
-which δ lives on; its reuse of the weights' backward pass for δ is also that of UAT and C-UAT (`uat`, `cuat`).
+num_steps=1). Free AT, whose δ outlives the batch and which draws each batch several times, is `free_at`.
 Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018; taxonomy eq. 31.
 """
 

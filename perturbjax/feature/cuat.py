@@ -62,7 +62,7 @@ def cuat(
         known = {"class": context.num_classes, "domain": context.num_domains}
         return group_number("cuat", groups, num_groups, known.get(groups))
 
-    def groups_of(flow: Flow, context: Context) -> jax.Array:
+    def groups_of(flow: Flow, context: Context, number: int) -> jax.Array:
         if groups == "class":
             return flow.labels
         if groups not in flow.side:

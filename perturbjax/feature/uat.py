@@ -52,7 +52,7 @@ def uat(
     Metrics: inner_evaluations.
     """
     return persistent_link(
-        "uat", site, lambda flow, context: jnp.zeros(flow.labels.shape, jnp.int32), lambda context: 1, bound=bound, step_size=step_size,
+        "uat", site, lambda flow, context, number: jnp.zeros(flow.labels.shape, jnp.int32), lambda context: 1, bound=bound, step_size=step_size,
         num_steps=num_steps, norm=norm, step=step, clip_loss=clip_loss, update=update, value_range=value_range,
         random_starts=random_starts,
     )  # fmt: skip

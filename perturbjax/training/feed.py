@@ -5,6 +5,7 @@ runs on the device.
 """
 
 import dataclasses
+import functools
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perturbjax.data import Dataset, balanced_order, epoch_order
+from perturbjax.data import Dataset, balanced_order, epoch_order, replayed_order
 from perturbjax.training.devices import Devices
 from perturbjax.training.step import DeviceData, Recipe
 
@@ -109,9 +110,10 @@ class Feed:
         balanced = recipe.fine_tuning is not None and epoch >= recipe.fine_tuning.first_epoch(recipe.epochs)
         for dataset, seed in zip(self.datasets, self.seeds, strict=True):
             if balanced:
-                orders.append(balanced_order(dataset.train_labels, recipe.batch_size, seed, epoch))
+                draw = functools.partial(balanced_order, dataset.train_labels, recipe.batch_size, seed)
             else:
-                orders.append(epoch_order(recipe.num_examples, recipe.batch_size, seed, epoch))
+                draw = functools.partial(epoch_order, recipe.num_examples, recipe.batch_size, seed)
+            orders.append(replayed_order(draw, recipe.replays, epoch))
         return np.stack(orders) if self.stacked else orders[0]
 
     def _call(self, first: int, rows: np.ndarray, ends_epoch: bool) -> Call:

@@ -60,6 +60,8 @@ class Recipe:
     """D, where the data has domains; links then find those of a batch in side["domain"]."""
     fine_tuning: FineTuning | None = None
     """The last part on class-balanced batches, at a smaller learning rate; None: none."""
+    replays: int = 1
+    """How often each batch, augmented once, is taken in a row. An epoch has as many steps as ever, hence fewer samples."""
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -191,7 +193,7 @@ def build(
         recipe.model, links, num_classes=recipe.num_classes, class_counts=class_counts, num_examples=recipe.num_examples,
         num_domains=recipe.num_domains, axis_name=axis_name,
         balanced_from=None if recipe.fine_tuning is None else recipe.fine_tuning.start,
-        steps_per_epoch=recipe.steps_per_epoch,
+        replays=recipe.replays, steps_per_epoch=recipe.steps_per_epoch,
     )  # fmt: skip
     return made, optimizer(transforms, numbers, recipe)
 
@@ -209,6 +211,10 @@ def check_recipe(recipe: Recipe) -> None:
     if not 1 <= recipe.accumulate <= recipe.total_steps:
         raise ValueError(
             f"Recipe needs 1 <= accumulate <= {recipe.total_steps} (the run's steps), got {recipe.accumulate}. Write accumulate=1."
+        )
+    if not 1 <= recipe.replays <= recipe.total_steps:
+        raise ValueError(
+            f"Recipe needs 1 <= replays <= {recipe.total_steps} (the run's steps), got {recipe.replays}. Write replays=1."
         )
     recipe.schedule.factor(recipe.steps_per_epoch, recipe.total_steps)  # milestones beyond the run
 
@@ -250,7 +256,7 @@ def draw_batch(recipe: Recipe, state: TrainState, data: DeviceData, index: jax.A
     """
     images = data.images[index] if images is None else images
     if recipe.augmentation:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step // recipe.replays)
         images = recipe.augmentation(images, key, index)
     side = {} if data.domains is None else {"domain": data.domains[index]}
     return Batch(pixels(images), data.labels[index], index=index, side=side)

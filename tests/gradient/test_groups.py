@@ -33,7 +33,7 @@ def test_the_classes_parts_of_the_gradient_add_up_to_the_batch_s(make):
     settings = SETTINGS.get(make.__name__, {})
     made = pj.objective(
         contract.LINE, pj.chain(make(**settings)), num_classes=contract.CLASSES, class_counts=contract.COUNTS,
-        num_examples=115 + contract.BATCH, num_domains=contract.DOMAINS,
+        num_examples=115 + contract.BATCH, num_domains=contract.DOMAINS, replays=8,
     )  # fmt: skip
     states = made.init(params, batch.inputs, stats=stats)
     place = dict(key=jax.random.key(2), progress=0.93, epoch=2, stats=stats)
