@@ -68,7 +68,7 @@ def replayed_order(draw: Callable[[int], np.ndarray], replays: int, epoch: int) 
     if replays == 1:
         return draw(epoch)
     steps = len(draw(0))
-    batches = np.arange(epoch * steps, (epoch + 1) * steps) // replays  # counted from the run's beginning
+    batches = [step // replays for step in range(epoch * steps, (epoch + 1) * steps)]  # counted from the run's beginning
     drawn = {e: draw(e) for e in range(batches[0] // steps, batches[-1] // steps + 1)}
     return np.stack([drawn[b // steps][b % steps] for b in batches])
 
