@@ -24,9 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments import shared
-from perturbjax.core import Perturbation
 from perturbjax.data import Dataset
 from perturbjax.line import line
+from perturbjax.link import Perturbation
 from perturbjax.training import Checkpoints, Devices, Recipe, TimedStep, cost_ratios, device_data, init_state, split_methods
 from perturbjax.training.checkpoint import dump_json
 from perturbjax.training.devices import to_host

@@ -20,22 +20,8 @@ from perturbjax.activation.rsc import rsc, top_share
 from perturbjax.activation.spatial_dropout import spatial_dropout
 from perturbjax.bound import layer_scaled, varied, varied_by_frequency
 from perturbjax.classes import class_count, class_mean, class_sum
-from perturbjax.core import (
-    Batch,
-    Context,
-    Coordinates,
-    Flow,
-    Objective,
-    Output,
-    Perturbation,
-    Rest,
-    batch,
-    ce,
-    chain,
-    method,
-    objective,
-    per_sample_keys,
-)
+from perturbjax.coordinates import Coordinates, method
+from perturbjax.core import Batch, Objective, Output, batch, objective
 from perturbjax.feature.adversarial import group_ascent, random_start, shifted
 from perturbjax.feature.adversarial_training import adversarial_training
 from perturbjax.feature.cuat import cuat
@@ -76,6 +62,7 @@ from perturbjax.label.proselflc import proselflc, self_trust
 from perturbjax.label.rlr import relaxed_targets, rlr
 from perturbjax.label.robust_lasso import corruption, robust_lasso
 from perturbjax.line import Line, line
+from perturbjax.link import Context, Flow, Perturbation, Rest, ce, chain, per_sample_keys
 from perturbjax.logit.adaptive_margin import adaptive_margin, adaptive_margin_step
 from perturbjax.logit.arcface import arcface, arcface_delta
 from perturbjax.logit.cosface import cosface, cosface_delta

@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
-from perturbjax.core import Context
+from perturbjax.link import Context
 from perturbjax.parameter.timing import Course, Place, check_setting, not_negative
 from perturbjax.split import SCALES, Split
 

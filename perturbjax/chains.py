@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from perturbjax.core import Chain, chain
+from perturbjax.link import Chain, chain
 
 
 def split_methods(methods: Any) -> tuple[Chain, tuple[optax.GradientTransformation, ...]]:

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, nearest
 from perturbjax.classes import RunningMean, running_mean_init, running_mean_update, wide
-from perturbjax.core import Context
+from perturbjax.link import Context
 
 Update = Literal["step", "epoch"]
 

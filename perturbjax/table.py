@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from perturbjax.checks import check_index
 from perturbjax.classes import AxisName, gather
-from perturbjax.core import Context
+from perturbjax.link import Context
 
 
 def new_table(function: str, setting: str, context: Context, shape: tuple[int, ...] = (), dtype: Any = float) -> jax.Array:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import perturbjax as pj
 from perturbjax.bound import check_bound, largest, needs, radius
 from perturbjax.classes import running_mean_init
-from perturbjax.core import Where
+from perturbjax.link import Where
 from perturbjax.models import CNN, ResNet
 
 C = 5

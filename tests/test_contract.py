@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import perturbjax as pj
 from perturbjax import spec, taxonomy
-from perturbjax.core import TAIL, clean_logits
+from perturbjax.link import TAIL, clean_logits
 
 METHODS = [f for f in vars(pj).values() if hasattr(f, "coordinates")]
 SWITCHABLE = [f for f in METHODS if f.off is not None]

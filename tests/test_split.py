@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import perturbjax as pj
-from perturbjax.core import Where
+from perturbjax.link import Where
 from perturbjax.split import SCALES, Clean, as_split, by_loss, by_loss_top
 
 C = 4

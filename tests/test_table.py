@@ -11,7 +11,7 @@ import perturbjax as pj
 from perturbjax.analysis.dynamics import dynamics
 from perturbjax.checks import check_index
 from perturbjax.classes import gather, own_share
-from perturbjax.core import Context
+from perturbjax.link import Context
 from perturbjax.table import add, new_table, read, write
 
 N, B = 10, 8

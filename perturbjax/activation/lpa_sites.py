@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from perturbjax.classes import AxisName, class_mean
-from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean
+from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
 
 
 class SitesState(NamedTuple):

@@ -16,7 +16,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import AxisName, wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, clean_logits, keep_clean, method
+from perturbjax.coordinates import method
+from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, keep_clean
 
 
 def top_share(values: jax.Array, *, share: ArrayLike, axis_name: AxisName = None) -> jax.Array:

@@ -18,7 +18,8 @@ from jax.typing import ArrayLike
 from perturbjax.analysis.gradient_view import Variations, over_batches
 from perturbjax.chains import split_methods
 from perturbjax.classes import class_count, class_mean, wide
-from perturbjax.core import Batch, Perturbation, objective
+from perturbjax.core import Batch, objective
+from perturbjax.link import Perturbation
 from perturbjax.projection import group_norm
 
 _SEEN = "activation_variation"

@@ -27,7 +27,7 @@ import numpy as np
 
 from perturbjax import table
 from perturbjax.checks import check_number
-from perturbjax.core import Context, Flow, Perturbation
+from perturbjax.link import Context, Flow, Perturbation
 
 SCALARS = ("loss", "margin", "gradient_norm", "logpert")
 

@@ -17,8 +17,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
 from perturbjax.classes import AxisName, class_count, wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, per_sample_keys
 from perturbjax.inference.pgd import pgd
+from perturbjax.link import Context, Flow, Perturbation, Rest, per_sample_keys
 from perturbjax.projection import NORMS, Norm, per_group, project
 
 Step = Literal["sign", "unit", "raw"]

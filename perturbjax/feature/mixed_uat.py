@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.coordinates import method
 from perturbjax.feature.adversarial import (
     PersistentDelta,
     Step,
@@ -26,6 +26,7 @@ from perturbjax.feature.adversarial import (
     site_shape,
 )
 from perturbjax.inference.pgd import pgd
+from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.projection import Norm
 
 

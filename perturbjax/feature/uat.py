@@ -12,8 +12,9 @@ from typing import Literal
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.core import Perturbation, method
+from perturbjax.coordinates import method
 from perturbjax.feature.adversarial import Step, persistent_link
+from perturbjax.link import Perturbation
 from perturbjax.projection import Norm
 
 

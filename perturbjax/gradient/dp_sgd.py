@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import wide
-from perturbjax.core import method
+from perturbjax.coordinates import method
 from perturbjax.gradient.groups import added, example_members, require_key, require_weights
 
 

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import wide
-from perturbjax.core import method
+from perturbjax.coordinates import method
 from perturbjax.gradient.groups import (
     Groups,
     added,

@@ -16,8 +16,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_labels, check_number
 from perturbjax.classes import AxisName, wide
-from perturbjax.core import Context, Flow, Rest, Where
 from perturbjax.gradient.lpg import lpg
+from perturbjax.link import Context, Flow, Rest, Where
 
 
 def lpg_updates(

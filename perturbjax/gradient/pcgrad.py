@@ -16,7 +16,7 @@ import optax
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import wide
-from perturbjax.core import method
+from perturbjax.coordinates import method
 from perturbjax.gradient.groups import (
     Groups,
     added,

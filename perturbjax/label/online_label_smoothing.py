@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import RunningMean, running_mean_init, running_mean_update
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.coordinates import method
+from perturbjax.link import Context, Flow, Perturbation, Rest
 
 
 def smoothed_online(

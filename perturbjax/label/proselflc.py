@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.coordinates import method
+from perturbjax.link import Context, Flow, Perturbation, Rest
 
 
 def self_trust(

@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, check_samples
 from perturbjax.classes import wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
+from perturbjax.coordinates import method
+from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale
 
 

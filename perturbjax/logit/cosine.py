@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.core import Context
+from perturbjax.link import Context
 
 DEFAULT_SCALE = 30.0
 

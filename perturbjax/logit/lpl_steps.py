@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
-from perturbjax.core import Context
+from perturbjax.link import Context
 from perturbjax.split import Split
 
 

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, check_samples
 from perturbjax.classes import AxisName, wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, keep_clean, method
+from perturbjax.coordinates import method
+from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
 
 
 def self_paced_logit_delta(

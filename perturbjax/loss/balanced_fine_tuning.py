@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.coordinates import method
+from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.loss.class_weighting import class_weights
 
 FORMS = ("weights", "samples")

@@ -16,7 +16,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_class_counts, check_number, is_traced
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.coordinates import method
+from perturbjax.link import Context, Flow, Perturbation, Rest
 
 KINDS = ("none", "balanced", "effective")
 

@@ -17,7 +17,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.coordinates import method
+from perturbjax.link import Context, Flow, Perturbation, Rest
 
 
 class DACState(NamedTuple):

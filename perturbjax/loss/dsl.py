@@ -20,7 +20,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, is_traced
 from perturbjax.classes import AxisName, gather, wide
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.coordinates import method
+from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.projection import unit
 
 

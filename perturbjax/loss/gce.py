@@ -13,7 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, is_traced
-from perturbjax.core import Context, Flow, Perturbation, Rest, method
+from perturbjax.coordinates import method
+from perturbjax.link import Context, Flow, Perturbation, Rest
 
 
 def gce_terms(log_probabilities: jax.Array, *, q: ArrayLike = 0.7, truncate: ArrayLike = 0.0) -> jax.Array:

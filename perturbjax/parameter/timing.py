@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, is_traced
 from perturbjax.classes import wide
-from perturbjax.core import CLOSE, reached
+from perturbjax.link import CLOSE, reached
 
 LOOKED_AT = (0, 1, 10)  # steps at which a schedule's values are checked on the host
 

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import perturbjax as pj
 from perturbjax.activation.lpa_sites import comparing, layer_effect
-from perturbjax.core import Where
+from perturbjax.link import Where
 
 C, B, D = 3, 8, 4
 EXAMPLES = 2 * B  # two steps an epoch

@@ -13,8 +13,8 @@ from experiments import compare, domains, shared
 from experiments.leaveout import plan, training
 from perturbjax import spec
 from perturbjax.activation.lpa_sites import comparing
-from perturbjax.core import Where
 from perturbjax.data.domains import domain_batches, pooled, split_domains
+from perturbjax.link import Where
 from perturbjax.training import init_state
 from perturbjax.training.step import build, compiled_step, pixels
 

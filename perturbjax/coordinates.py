@@ -1,0 +1,72 @@
+"""Where a method stands in the taxonomy, and @method, which writes it on the method."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from perturbjax.link import Perturbation
+
+
+class Coordinates(NamedTuple):
+    """Where a method stands in the taxonomy (section 4): what is perturbed, which way the loss goes, how, for whom."""
+
+    target: tuple[str, ...]
+    direction: tuple[int, ...]  # of +1 (raises the loss) and -1 (lowers it); () where there is no fixed sign
+    inference: str
+    granularity: tuple[str, ...]
+
+
+TARGETS = ("feature", "activation", "logit", "label", "loss", "logit gradient", "gradient", "parameter")
+INFERENCES = ("prior", "hyper-parameter", "regularised", "meta", "adversarial")
+GRANULARITIES = ("sample", "category", "corpus")
+
+
+def method(
+    *,
+    target: str | tuple[str, ...],
+    direction: tuple[int, ...],
+    inference: str,
+    granularity: str | tuple[str, ...],
+    cite: str,
+    off: Mapping[str, Any] | None,
+    alias: str | None = None,
+    resolve_structure: Callable[[dict], dict] | None = None,
+) -> Callable[[Callable], Callable]:
+    """Registers a factory: gives it its coordinates, which the table, the command line and the contract tests read.
+
+    Args:
+      target, direction, inference, granularity: see Coordinates; several targets or granularities as a tuple.
+      cite: "Author et al., Venue year".
+      off: the settings that are plain training, bit for bit; None where there are none (mixup, PUGD).
+      alias: short name on the command line.
+      resolve_structure: settings as numbers -> further settings that fix the shape of the computation (a loop's length), for
+        callers that trace the numbers afterwards.
+    """
+    tuple_of = lambda x: (x,) if isinstance(x, str) else tuple(x)
+    coordinates = Coordinates(tuple_of(target), tuple(direction), inference, tuple_of(granularity))
+    for value, known in [*((t, TARGETS) for t in coordinates.target), (inference, INFERENCES)] + [
+        (g, GRANULARITIES) for g in coordinates.granularity
+    ]:
+        if value not in known:
+            raise ValueError(f"method needs coordinates out of {known}, got {value!r}.")
+
+    def wrap(factory: Callable) -> Callable:
+        @functools.wraps(factory)
+        def named(**settings):
+            return _named(factory(**settings), factory.__name__)
+
+        make: Any = named
+        make.coordinates, make.cite, make.off, make.alias = coordinates, cite, off, alias
+        if resolve_structure is not None:
+            make.resolve_structure = resolve_structure
+        return make
+
+    return wrap
+
+
+def _named(made: Any, name: str) -> Any:
+    if isinstance(made, Perturbation):
+        return made._replace(name=name)
+    if type(made) is tuple:
+        return tuple(_named(link, name) for link in made)
+    return made
