@@ -7,7 +7,7 @@ code: all together then go up to √(number of tensors) times as far). Unlike SA
 Source: Zheng et al., "Regularizing Neural Networks via Adversarial Model Perturbation", CVPR 2021.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,10 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
 from perturbjax.coordinates import method
-from perturbjax.parameter.ascent import dot, move, require, safe, to_climb, widen
+from perturbjax.parameter.ascent import AscentState, dot, move, require, safe, to_climb, widen
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
 NORMS = ("global", "tensor")
-
-
-class AMPState(NamedTuple):
-    """State of `amp`."""
-
-    count: jax.Array  # [] int32, steps taken, for schedules
-    evaluations: jax.Array  # [] int32, gradients asked of grad_fn so far
 
 
 def amp_project(delta: optax.Updates, *, radius: ArrayLike, norm: Literal["global", "tensor"] = "global") -> optax.Updates:
@@ -79,7 +72,7 @@ def amp(
         )
 
     def init(params):
-        return AMPState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+        return AscentState.start()
 
     def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
         require("amp", params, grad_fn)
@@ -89,6 +82,6 @@ def amp(
         for _ in range(steps):  # unrolled: convolutions are slow in loops on CPU, and T is small
             delta = amp_project(move(delta, grads, step_size), radius=rho, norm=norm)
             grads = grad_fn(move(params, delta))
-        return grads, AMPState(optax.safe_increment(state.count), state.evaluations + steps)
+        return grads, state.after_step(steps)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -6,7 +6,7 @@ r"""Adaptive sharpness-aware minimisation (ASAM): the climb measured in units of
 Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning", ICML 2021.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,10 @@ from jax.typing import ArrayLike
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import wide
 from perturbjax.coordinates import method
-from perturbjax.parameter.ascent import dot, move, require, safe, to_climb, widen, with_decay
+from perturbjax.parameter.ascent import AscentState, dot, move, require, safe, to_climb, widen, with_decay
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
 ADAPTIVE = ("all", "weights")
-
-
-class ASAMState(NamedTuple):
-    """State of `asam`."""
-
-    count: jax.Array  # [] int32, steps taken, for schedules
-    evaluations: jax.Array  # [] int32, gradients asked of grad_fn so far
 
 
 def asam_scale(params: optax.Params, *, eta: ArrayLike = 0.01, adaptive: Literal["all", "weights"] = "all") -> optax.Params:
@@ -87,7 +80,7 @@ def asam(
     check_choice("asam", "adaptive", adaptive, ADAPTIVE)
 
     def init(params):
-        return ASAMState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+        return AscentState.start()
 
     def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
         require("asam", params, grad_fn)
@@ -95,6 +88,6 @@ def asam(
         uphill = widen(with_decay(to_climb("asam", updates, local_grads, sync_perturbation), params, decay))
         moved = move(params, asam_ascent(params, uphill, radius=rho, eta=eta, adaptive=adaptive, epsilon=epsilon))
         perturbed = with_decay(grad_fn(moved), moved, decay)
-        return perturbed, ASAMState(optax.safe_increment(state.count), state.evaluations + 1)
+        return perturbed, state.after_step()
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -6,13 +6,30 @@ while nan and infinite ones become nan as a whole, for the trainer to see.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 from perturbjax.classes import wide
+
+
+class AscentState(NamedTuple):
+    """State of the links that remember nothing but how often they were called."""
+
+    count: jax.Array  # [] int32, steps taken, for schedules where the update gets no `step`
+    evaluations: jax.Array  # [] int32, gradients asked of grad_fn so far
+
+    @classmethod
+    def start(cls) -> "AscentState":
+        """Before the first step."""
+        return cls(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+
+    def after_step(self, gradients: int = 1) -> "AscentState":
+        """After one more step, which asked for so many gradients."""
+        return AscentState(optax.safe_increment(self.count), self.evaluations + gradients)
 
 
 def widen(tree: Any) -> Any:

@@ -9,8 +9,6 @@ and `rts(timing=every(2))` are the ways to save. Source: Du et al., "Efficient S
 Neural Networks", ICLR 2022.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,15 +17,8 @@ from jax.typing import ArrayLike
 from perturbjax.checks import check_number
 from perturbjax.classes import AxisName, gather, own_share, wide
 from perturbjax.coordinates import method
-from perturbjax.parameter.ascent import move, require, to_climb, unit_tree, widen
+from perturbjax.parameter.ascent import AscentState, move, require, to_climb, unit_tree, widen
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
-
-
-class ESAMState(NamedTuple):
-    """State of `esam`."""
-
-    count: jax.Array  # [] int32, steps taken, for schedules
-    evaluations: jax.Array  # [] int32, gradients asked of grad_fn so far
 
 
 def esam_ascent(grads: optax.Updates, key: jax.Array, *, radius: ArrayLike, beta: ArrayLike = 0.5) -> optax.Updates:
@@ -76,7 +67,7 @@ def esam(
     check_number("esam", low=0, high=1, open_low=True, beta=beta, gamma=gamma)
 
     def init(params):
-        return ESAMState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+        return AscentState.start()
 
     def update(
         updates, state, params=None, *, grad_fn=None, local_grads=None, key=None, loss_fn=None, losses=None, axis_name=None,
@@ -94,6 +85,6 @@ def esam(
         moved = move(params, esam_ascent(uphill, key, radius=rho, beta=beta))
         before = loss_fn(params) if losses is None else losses
         weights = jax.lax.stop_gradient(esam_weights(loss_fn(moved) - before, gamma=gamma, axis_name=axis_name))
-        return grad_fn(moved, weights=weights), ESAMState(optax.safe_increment(state.count), state.evaluations + 1)
+        return grad_fn(moved, weights=weights), state.after_step()
 
     return optax.GradientTransformationExtraArgs(init, update)

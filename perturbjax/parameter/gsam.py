@@ -8,8 +8,6 @@ shrinks. In the paper ρ_t follows the learning rate, ρ_t = ρ_min + (ρ_max �
 Source: Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,15 +15,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.coordinates import method
-from perturbjax.parameter.ascent import dot, move, require, safe, to_climb, unit_tree, widen
+from perturbjax.parameter.ascent import AscentState, dot, move, require, safe, to_climb, unit_tree, widen
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
-
-
-class GSAMState(NamedTuple):
-    """State of `gsam`."""
-
-    count: jax.Array  # [] int32, steps taken, for schedules
-    evaluations: jax.Array  # [] int32, gradients asked of grad_fn so far
 
 
 def gsam_direction(perturbed: optax.Updates, grads: optax.Updates, *, alpha: ArrayLike = 0.4) -> optax.Updates:
@@ -54,13 +45,13 @@ def gsam(
     check_number("gsam", low=0, alpha=alpha)
 
     def init(params):
-        return GSAMState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+        return AscentState.start()
 
     def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
         require("gsam", params, grad_fn)
         rho = at(radius, Place.of(state.count, extra_args))
         climb = unit_tree(widen(to_climb("gsam", updates, local_grads, sync_perturbation)))
         direction = gsam_direction(grad_fn(move(params, climb, rho)), updates, alpha=alpha)
-        return direction, GSAMState(optax.safe_increment(state.count), state.evaluations + 1)
+        return direction, state.after_step()
 
     return optax.GradientTransformationExtraArgs(init, update)

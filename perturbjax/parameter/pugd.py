@@ -7,8 +7,6 @@ has length 1, learning rate and weight decay weigh differently than under SGD. S
 within Unit Space for Deep Learning", IJCNN 2022; RTS draft, eqs. 1–3.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,15 +14,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.coordinates import method
-from perturbjax.parameter.ascent import move, require, to_climb, unit_tree, widen
+from perturbjax.parameter.ascent import AscentState, move, require, to_climb, unit_tree, widen
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
-
-
-class PUGDState(NamedTuple):
-    """State of `pugd`."""
-
-    count: jax.Array  # [] int32, steps taken, for schedules
-    evaluations: jax.Array  # [] int32, gradients asked of grad_fn so far
 
 
 def pugd_ascent(params: optax.Params, grads: optax.Updates, *, epsilon: ArrayLike = 0.0) -> optax.Updates:
@@ -52,7 +43,7 @@ def pugd(
     check_number("pugd", low=0, epsilon=epsilon)
 
     def init(params):
-        return PUGDState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+        return AscentState.start()
 
     def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
         require("pugd", params, grad_fn)
@@ -60,6 +51,6 @@ def pugd(
         above = grad_fn(move(params, climb, at(radius, Place.of(state.count, extra_args))))
         unit = unit_tree(move(widen(above), updates), epsilon)
         unit = jax.tree.map(lambda u, g: u.astype(g.dtype), unit, updates)
-        return unit, PUGDState(optax.safe_increment(state.count), state.evaluations + 1)
+        return unit, state.after_step()
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -17,6 +17,7 @@ import optax
 from perturbjax.checks import check_choice
 from perturbjax.coordinates import method
 from perturbjax.parameter.ascent import move, require, to_climb, unit_tree, widen
+from perturbjax.parameter.pugd import pugd_ascent
 from perturbjax.parameter.timing import Place, Setting, Timing, always, at, check_setting, never
 
 ASCENTS = ("weighted", "gradient")
@@ -37,7 +38,7 @@ def rts_ascent(
     check_choice("rts_ascent", "ascent", ascent, ASCENTS)
     if ascent == "gradient":
         return unit_tree(grads)
-    return unit_tree(jax.tree.map(lambda w, g: jnp.abs(w).astype(g.dtype) * g, params, grads))
+    return pugd_ascent(params, grads)
 
 
 def rts_direction(above: optax.Updates, grads: optax.Updates, *, scale: jax.typing.ArrayLike) -> optax.Updates:

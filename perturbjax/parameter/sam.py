@@ -9,8 +9,6 @@ norms). `optax.contrib.sam` takes a new batch for each half of a step, or an inn
 radius that may be a schedule.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,15 +17,8 @@ from jax.typing import ArrayLike
 from perturbjax.checks import check_number
 from perturbjax.classes import wide
 from perturbjax.coordinates import method
-from perturbjax.parameter.ascent import move, require, safe, to_climb, unit_tree, widen, with_decay
+from perturbjax.parameter.ascent import AscentState, move, require, safe, to_climb, unit_tree, widen, with_decay
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
-
-
-class SAMState(NamedTuple):
-    """State of `sam`."""
-
-    count: jax.Array  # [] int32, steps taken, for schedules
-    evaluations: jax.Array  # [] int32, gradients asked of grad_fn so far
 
 
 def sam_ascent(grads: optax.Updates, *, radius: ArrayLike, p: ArrayLike = 2.0, epsilon: ArrayLike = 0.0) -> optax.Updates:
@@ -75,7 +66,7 @@ def sam(
     check_number("sam", low=0, epsilon=epsilon, decay=decay)
 
     def init(params):
-        return SAMState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+        return AscentState.start()
 
     def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
         require("sam", params, grad_fn)
@@ -83,6 +74,6 @@ def sam(
         uphill = widen(with_decay(to_climb("sam", updates, local_grads, sync_perturbation), params, decay))
         moved = move(params, sam_ascent(uphill, radius=rho, p=p, epsilon=epsilon))
         perturbed = with_decay(grad_fn(moved), moved, decay)
-        return perturbed, SAMState(optax.safe_increment(state.count), state.evaluations + 1)
+        return perturbed, state.after_step()
 
     return optax.GradientTransformationExtraArgs(init, update)
