@@ -24,6 +24,15 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(at_least_float32(x.dtype))
 
 
+def own_entries(values: jax.Array, labels: jax.Array) -> jax.Array:
+    """[B]: of each row of `values` [B, C] the entry of its label; of a label outside 0..C-1 (padding) that of the nearest class, never nan.
+
+    >>> print(own_entries(jnp.array([[1, 2], [3, 4]]), jnp.array([1, 0])))
+    [2 3]
+    """
+    return jnp.take_along_axis(values, labels[:, None], axis=1, mode="clip")[:, 0]
+
+
 def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """All devices' shares [B, ...], one after the other; x itself without an axis."""
     return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, nearest
-from perturbjax.classes import RunningMean, running_mean_init, running_mean_update, wide
+from perturbjax.classes import RunningMean, own_entries, running_mean_init, running_mean_update, wide
 from perturbjax.link import Context
 
 Update = Literal["step", "epoch"]
@@ -78,7 +78,7 @@ def by_accuracy(
             return (jnp.argmax(clean.logits, axis=-1).astype(clean.labels.dtype) == clean.labels).astype(jnp.float32)
         probability = jax.nn.softmax(wide(clean.logits), axis=-1)
         # Clipped: a label outside 0..C-1 (padding) gives some number, not a nan that would spread to the sums of all classes.
-        return jnp.take_along_axis(probability, clean.labels[:, None], axis=1, mode="clip")[:, 0]
+        return own_entries(probability, clean.labels)
 
     def advance(state: RunningMean, clean: Clean, context: Context) -> RunningMean:
         before = running_mean_init(context.num_classes) if update == "batch" else state

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
-from perturbjax.classes import AxisName, wide
+from perturbjax.classes import AxisName, own_entries, wide
 from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, keep_clean
 
@@ -62,14 +62,14 @@ def rsc(
 
     def confidence(end: Flow) -> jax.Array:
         p = jax.nn.softmax(wide(end.trace["logits"]), axis=-1)
-        return jnp.take_along_axis(p, end.labels[:, None], axis=1, mode="clip")[:, 0]
+        return own_entries(p, end.labels)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         value = jax.lax.stop_gradient(flow.value)
 
         def score(value: jax.Array):
             losses, end = rest.flow(value)
-            true = jnp.take_along_axis(end.trace["logits"], end.labels[:, None], axis=1, mode="clip")
+            true = own_entries(end.trace["logits"], end.labels)
             return jnp.sum(true if of == "logit" else -losses), end
 
         slope, clean = jax.grad(score, has_aux=True)(value)

@@ -23,6 +23,7 @@ import numpy as np
 
 from perturbjax import spec
 from perturbjax.checks import check_labels, check_number
+from perturbjax.classes import own_entries
 from perturbjax.data import epoch_order, evaluation_batches
 from perturbjax.feature.adversarial import check_ball, group_ascent, random_start, shifted
 from perturbjax.inference.pgd import pgd
@@ -291,7 +292,7 @@ def _net(logits_of: Any) -> jax.tree_util.Partial:
 
 def _losses(net: Logits, images: jax.Array, labels: jax.Array) -> jax.Array:
     log_p = jax.nn.log_softmax(net(images).astype(jnp.float32))
-    return -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    return -own_entries(log_p, labels)
 
 
 @jax.jit

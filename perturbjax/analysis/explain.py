@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits  # comes with scikit-learn
 from perturbjax.analysis.metrics import Groups
 from perturbjax.analysis.plots import LOOK, shorten
 from perturbjax.checks import check_number
-from perturbjax.classes import wide
+from perturbjax.classes import own_entries, wide
 from perturbjax.data import evaluation_batches
 from perturbjax.line import line
 
@@ -67,7 +67,7 @@ def grad_cam(
 
     def of_class(value):
         logits = wide(run(value, site, "logits"))
-        return jnp.take_along_axis(logits, labels[:, None], axis=1).sum()  # each sample has its own term
+        return own_entries(logits, labels).sum()  # each sample has its own term
 
     weights = wide(jax.grad(of_class)(value)).mean((1, 2))
     maps = jax.nn.relu(jnp.einsum("bhwk,bk->bhw", wide(value), weights, precision="highest"))

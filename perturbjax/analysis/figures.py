@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from matplotlib.ticker import FuncFormatter
 
 from perturbjax.analysis.plots import LOOK, _figure, _label, _svg, style
+from perturbjax.classes import own_entries
 from perturbjax.logit.logpert import logpert_delta
 from perturbjax.logit.self_paced_logit import self_paced_logit_delta
 from perturbjax.loss.self_paced import self_paced_losses
@@ -112,7 +113,7 @@ def loss_ratios(
     Source: taxonomy paper, eq. 65, Figure 12.
     """
     u, y = jnp.asarray(logits, float), jnp.asarray(labels)
-    loss = lambda u: -jnp.take_along_axis(jax.nn.log_softmax(u), y[:, None], axis=-1)[:, 0]
+    loss = lambda u: -own_entries(jax.nn.log_softmax(u), y)
     before = np.asarray(loss(u))
     after = np.asarray(loss(u + self_paced_logit_delta(u, y, tau=tau, scale=scale)))
     order = np.argsort(before, kind="stable")

@@ -21,7 +21,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from perturbjax.checks import check_labels, check_number
-from perturbjax.classes import wide
+from perturbjax.classes import own_entries, wide
 from perturbjax.data import evaluation_batches
 from perturbjax.parameter.ascent import dot, move, unit_tree
 
@@ -112,7 +112,7 @@ def _of_function(logits: Callable) -> Callable:
 def _total(apply, params, stats, inputs, labels, weights):
     """Σ weight · CE of a batch."""
     log_p = jax.nn.log_softmax(wide(apply(params, stats, inputs)))
-    losses = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    losses = -own_entries(log_p, labels)
     return jnp.sum(weights.astype(losses.dtype) * losses)
 
 

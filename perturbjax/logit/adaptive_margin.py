@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.classes import AxisName, class_sum
+from perturbjax.classes import AxisName, class_sum, own_entries
 from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale, of_labels
@@ -78,7 +78,7 @@ def adaptive_margin(
             return jnp.sum(end.weights.astype(u.dtype) * losses + end.penalty.astype(u.dtype))
 
         by_logits = jax.grad(total)(jax.lax.stop_gradient(value))
-        slopes = jnp.take_along_axis(by_logits, flow.labels[:, None], axis=1, mode="clip")[:, 0]
+        slopes = own_entries(by_logits, flow.labels)
         after = adaptive_margin_step(
             state, jax.lax.stop_gradient(slopes), flow.labels, scale=s, weight=weight, step_size=step_size,
             axis_name=context.axis_name,

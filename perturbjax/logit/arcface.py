@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, check_samples
-from perturbjax.classes import wide
+from perturbjax.classes import own_entries, wide
 from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale
@@ -43,7 +43,7 @@ def arcface_delta(logits: jax.Array, labels: jax.Array, *, margin: ArrayLike = 0
 
 def _delta(logits: jax.Array, labels: jax.Array, margin: ArrayLike, scale: ArrayLike) -> jax.Array:
     u = wide(logits)
-    own = jnp.take_along_axis(u, labels[:, None], axis=1, mode="clip")[:, 0]
+    own = own_entries(u, labels)
     return at_true_class(arcface_shift(own, margin=margin, scale=scale), labels, u.shape[-1])
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, is_traced
-from perturbjax.classes import AxisName, gather, wide
+from perturbjax.classes import AxisName, gather, own_entries, wide
 from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.projection import unit
@@ -146,7 +146,7 @@ def dsl(
 
         features, log_p = jax.lax.stop_gradient(flow.trace["features"]), flow.trace["prediction"]
         suggested = prototype_labels(features, prototypes, chosen)
-        other = -jnp.take_along_axis(log_p, suggested[:, None], axis=1)[:, 0]
+        other = -own_entries(log_p, suggested)
         active = context.begun(start) & chosen.any()
         alpha = jnp.where(active, jnp.asarray(weight, log_p.dtype), 0)
         losses = (1 - alpha) * flow.value + alpha * other

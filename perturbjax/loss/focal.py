@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
-from perturbjax.classes import class_mean
+from perturbjax.classes import class_mean, own_entries
 from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
 
@@ -31,7 +31,7 @@ def focal_factor(log_probabilities: jax.Array, labels: jax.Array, *, gamma: Arra
 
 def _miss(log_probabilities: jax.Array, labels: jax.Array) -> jax.Array:
     """1 − p_y: [B]."""
-    log_p = jnp.take_along_axis(log_probabilities, labels[:, None], axis=1, mode="clip")[:, 0]  # padding: some number, no nan
+    log_p = own_entries(log_probabilities, labels)
     # −expm1(log p) keeps 1 − p exact near 1; the floor keeps the power's derivative finite at p = 1.
     return jnp.maximum(-jnp.expm1(log_p), jnp.finfo(log_p.dtype).tiny)
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, is_traced
+from perturbjax.classes import own_entries
 from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
 
@@ -56,7 +57,7 @@ def gce(*, q: ArrayLike = 0.7, truncate: ArrayLike = 0.0, start: ArrayLike = 1 /
         truncates = is_traced(truncate) or np.any(np.asarray(truncate) > 0)
         k = jnp.asarray(jnp.where(context.begun(start), truncate, 0) if truncates else 0, log_p.dtype)
         losses = jnp.sum(flow.targets * gce_terms(log_p, q=q, truncate=k), axis=-1)
-        own = jnp.take_along_axis(log_p, flow.labels[:, None], axis=1, mode="clip")[:, 0]
+        own = own_entries(log_p, flow.labels)
         kept = jnp.mean((own > jnp.log(k)).astype(jnp.float32))
         return flow._replace(value=losses), state, {"kept": kept}
 
