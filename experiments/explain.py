@@ -25,8 +25,9 @@ from rich.table import Table
 from rich.text import Text
 from sklearn.metrics import silhouette_samples
 
-from experiments import compare, landscape, shared
+from experiments import landscape, shared
 from experiments.landscape import Net
+from experiments.shared import many
 from perturbjax.analysis.explain import cam_figure, grad_cam, penultimate, tsne, tsne_figure
 from perturbjax.analysis.metrics import Groups, groups_by_frequency
 from perturbjax.checks import check_choice, check_number
@@ -36,7 +37,7 @@ from perturbjax.training import predict
 
 
 @dataclasses.dataclass(frozen=True)
-class ExplainSettings(compare.TrainingSettings):
+class ExplainSettings(many.TrainingSettings):
     """Flags of explain.py."""
 
     model: str = "cnn"

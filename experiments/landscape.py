@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments import compare, shared
+from experiments import shared
+from experiments.shared import many
 from perturbjax.analysis.landscape import (
     as_svg,
     gradient_direction,
@@ -43,7 +44,7 @@ from perturbjax.training import load_variables, predict
 
 
 @dataclasses.dataclass(frozen=True)
-class LandscapeSettings(compare.TrainingSettings):
+class LandscapeSettings(many.TrainingSettings):
     """Flags of landscape.py."""
 
     methods: str = "ce, sam"
@@ -111,17 +112,17 @@ def with_nets(
         look(nets, settings, out, console)
         return
     methods = shared.parse_methods(settings.methods, settings.plugin)
-    own = {field.name for field in dataclasses.fields(compare.TrainingSettings)}
-    training = compare.TrainingSettings(**{name: value for name, value in vars(settings).items() if name in own})
+    own = {field.name for field in dataclasses.fields(many.TrainingSettings)}
+    training = many.TrainingSettings(**{name: value for name, value in vars(settings).items() if name in own})
     datasets = [shared.load_view(training, seed) for seed in range(settings.seeds)]
     shared.check_runs(training, datasets[0], methods, shared.channel_stats(training))
     with shared.prepare_out(settings.out, script, settings.view, shared.identity(training, datasets[0])) as folder:
         shared.print_notes(datasets[0], console, training)
         shared.print_classifiers(training, methods, console)
-        planned = compare.plan(training, datasets, methods, folder.path)
+        planned = many.plan(training, datasets, methods, folder.path)
         for one in planned:
             check_model(one.recipe.model)
-        trained, diverged = compare.train_all(training, datasets, methods, folder.path, console)
+        trained, diverged = many.train_all(training, datasets, methods, folder.path, console)
         nets = [net_in(one.folder, one.typed, one.run.seed, one.run.dataset) for one in planned if one.typed in trained]
         look(nets, settings, folder.path, console)
         shared.raise_diverged(diverged)

@@ -17,14 +17,15 @@ import time
 import jax
 from rich.console import Console
 
-from experiments import compare, figures, shared
+from experiments import figures, shared
+from experiments.shared import many
 from perturbjax import spec, taxonomy
 from perturbjax.analysis import print_table, save_results, write_markdown, write_report
 from perturbjax.checks import check_number
 
 
 @dataclasses.dataclass(frozen=True)
-class SweepSettings(compare.ManySettings):
+class SweepSettings(many.ManySettings):
     """Flags of sweep.py."""
 
     method: str = "lpg(split=frequency)"
@@ -60,8 +61,8 @@ def main(argv: list[str]) -> None:
         shared.print_classifiers(settings, methods, console)
         recipes = {shared.make_recipe(settings, datasets[0], method) for method, _ in methods.values()}
         console.print(f"{len(methods)} settings x {settings.seeds} seeds, {len(recipes)} compiled steps", highlight=False)
-        histories, diverged = compare.train_all(settings, datasets, methods, folder.path, console)
-        results = compare.summarise(settings, datasets, methods, histories, folder.path / "results.json")
+        histories, diverged = many.train_all(settings, datasets, methods, folder.path, console)
+        results = many.summarise(settings, datasets, methods, histories, folder.path / "results.json")
         if jax.process_index() == 0:
             write_report(results, folder.path / "report.html")
             write_markdown(results, folder.path / "table.md")

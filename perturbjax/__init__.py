@@ -20,7 +20,6 @@ from perturbjax.activation.rsc import rsc, top_share
 from perturbjax.activation.spatial_dropout import spatial_dropout
 from perturbjax.bound import layer_scaled, varied, varied_by_frequency
 from perturbjax.classes import class_count, class_mean, class_sum
-from perturbjax.coordinates import Coordinates, method
 from perturbjax.core import Batch, Objective, Output, batch, objective
 from perturbjax.feature.adversarial import group_ascent, random_start, shifted
 from perturbjax.feature.adversarial_training import adversarial_training
@@ -95,6 +94,7 @@ from perturbjax.loss.sce import reverse_cross_entropy, sce
 from perturbjax.loss.self_paced import loss_quantile, self_paced, self_paced_losses
 from perturbjax.loss.svm import margins, slack, svm
 from perturbjax.loss.teacher import Teacher, load_teacher
+from perturbjax.method import Coordinates, method
 from perturbjax.parameter.amp import amp, amp_project
 from perturbjax.parameter.asam import asam, asam_ascent
 from perturbjax.parameter.esam import esam, esam_ascent, esam_weights

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import perturbjax
-from perturbjax.coordinates import GRANULARITIES, INFERENCES, TARGETS
+from perturbjax.method import GRANULARITIES, INFERENCES, TARGETS
 
 
 def methods(plugins: Sequence[str] = ()) -> dict[str, Any]:

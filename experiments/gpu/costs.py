@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from experiments import bench, shared
-from experiments.compare import PLAIN
 from experiments.gpu.check import Check, chosen, with_conv
 from experiments.gpu.longtail import datasets
 from experiments.gpu.sizes import Sizes
+from experiments.shared.many import PLAIN
 from perturbjax.data import Dataset
 from perturbjax.models.blocks import CONVOLUTIONS
 from perturbjax.training import (

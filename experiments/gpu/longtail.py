@@ -6,6 +6,7 @@ from functools import partial
 
 from experiments import compare, shared
 from experiments.gpu.check import Check, chosen, with_conv
+from experiments.shared import many
 from perturbjax.data import Dataset
 from perturbjax.training import History
 
@@ -75,7 +76,7 @@ def trained(
 ) -> dict:
     """One method with all its seeds: results.json's numbers, and the time."""
     planned = [
-        dataclasses.replace(one, recipe=with_conv(one.recipe, conv)) for one in compare.plan(settings, data, method, check.out)
+        dataclasses.replace(one, recipe=with_conv(one.recipe, conv)) for one in many.plan(settings, data, method, check.out)
     ]
     # Runs that an earlier call finished are read; the others train, and go on from their checkpoints.
     histories = {one.folder: History.load(end) for one in planned if (end := one.folder / "finished.npz").exists()}
@@ -91,7 +92,7 @@ def trained(
 
     for group in [left] if together and left else [[one] for one in left]:
         clock.clear()
-        histories |= compare.train_group(settings, group, check.out, tick)
+        histories |= many.train_group(settings, group, check.out, tick)
     # Between the ends of two epochs lie training and evaluation, but no compilation.
     epoch = (clock[-1] - clock[0]) / (len(clock) - 1) if len(clock) > 1 else None
     at_once = len(left) if together else 1

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import shared
-from experiments.compare import PLAIN
 from experiments.gpu.check import Check, with_conv
 from experiments.gpu.sizes import TOLERANCE, Sizes
+from experiments.shared.many import PLAIN
 from perturbjax import taxonomy
 from perturbjax.data import Dataset
 from perturbjax.models.blocks import CONVOLUTIONS

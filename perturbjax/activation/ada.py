@@ -15,10 +15,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
 from perturbjax.feature.adversarial import check_inputs, pixel_range, require_floats
 from perturbjax.inference.pgd import pgd
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def squared_distance(a: jax.Array, b: jax.Array) -> jax.Array:

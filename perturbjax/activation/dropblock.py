@@ -17,8 +17,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import AxisName
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, per_sample_keys
+from perturbjax.method import method
 
 
 def dropblock_gamma(space: tuple[int, ...], *, rate: ArrayLike, block_size: int, border: bool = True) -> jax.Array:

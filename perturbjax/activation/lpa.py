@@ -20,9 +20,9 @@ from perturbjax.activation.lpa_sites import site_links
 from perturbjax.bound import Bound, LayerScaled, check_bound, layer_scaled, needs, radius
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import AxisName, class_count, class_mean, wide
-from perturbjax.coordinates import method
 from perturbjax.inference.pgd import pgd
 from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, keep_clean
+from perturbjax.method import method
 from perturbjax.projection import group_norm
 from perturbjax.split import Clean, Split, as_split
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
-from perturbjax.coordinates import method
 from perturbjax.feature.mixup import draw_mixing, mix, mix_side
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 _DRAW = "manifold_mixup"  # in flow.extra: the batch's site, λ and pairs, drawn for all by the link that comes first
 

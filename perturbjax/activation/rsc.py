@@ -16,8 +16,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import AxisName, own_entries, wide
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, keep_clean
+from perturbjax.method import method
 
 
 def top_share(values: jax.Array, *, share: ArrayLike, axis_name: AxisName = None) -> jax.Array:

@@ -13,8 +13,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.activation.dropout import dropout_mask
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 @method(

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from matplotlib.ticker import FuncFormatter
 
-from perturbjax.analysis.plots import LOOK, _figure, _label, _svg, style
+from perturbjax.analysis.plots import LOOK, blank_figure, edge_labels, style, svg_text
 from perturbjax.classes import own_entries
 from perturbjax.logit.logpert import logpert_delta
 from perturbjax.logit.self_paced_logit import self_paced_logit_delta
@@ -27,7 +27,7 @@ def norm_plot(norms: np.ndarray, wrong: np.ndarray | None = None, width: float =
     Source: Yao and Wu, "A Taxonomy for Learning with Perturbation and Algorithms", 2022, Figure 7.
     """
     norms = np.asarray(norms, np.float64)
-    fig, (ax,) = _figure(width, 2.9)
+    fig, (ax,) = blank_figure(width, 2.9)
     bins = np.linspace(0, max(float(norms.max()), 1e-6), 41)
     groups = (
         [("all labels", np.ones(len(norms), bool))] if wrong is None else [("right labels", ~wrong), ("wrong labels", wrong)]
@@ -40,8 +40,8 @@ def norm_plot(norms: np.ndarray, wrong: np.ndarray | None = None, width: float =
     ax.grid(axis="y", color="#e9e9e9", lw=0.7)
     if wrong is not None:
         ax.legend(frameon=False)
-    _label(fig, "mean ‖v‖₁ over training (logits)", "samples (%)")
-    return _svg(fig, f"norms-{width:g}", "Distribution of the logit perturbations")
+    edge_labels(fig, "mean ‖v‖₁ over training (logits)", "samples (%)")
+    return svg_text(fig, f"norms-{width:g}", "Distribution of the logit perturbations")
 
 
 @mpl.rc_context(LOOK)
@@ -55,7 +55,7 @@ def sensitivity_plot(
 
     Accuracies are fractions. Source: Figures 9 and 10 of the taxonomy paper.
     """
-    fig, (ax,) = _figure(width, 2.9)
+    fig, (ax,) = blank_figure(width, 2.9)
     for i, (name, points) in enumerate(curves.items(), start=1):
         value, mean, std = np.array(sorted(points), np.float64).T
         color, marker, dashes = style(i)
@@ -64,21 +64,21 @@ def sensitivity_plot(
         ax.axhline(100 * reference[1], color=style(0).color, lw=1, ls=(0, (4, 2)), label=reference[0])
     ax.grid(axis="y", color="#e9e9e9", lw=0.7)
     ax.legend(frameon=False)
-    _label(fig, setting, "test accuracy (%)")
-    return _svg(fig, f"sensitivity-{setting}-{width:g}", f"Accuracy against {setting}")
+    edge_labels(fig, setting, "test accuracy (%)")
+    return svg_text(fig, f"sensitivity-{setting}-{width:g}", f"Accuracy against {setting}")
 
 
 @mpl.rc_context(LOOK)
 def line_plot(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], below: str, beside: str, width: float = 5.2) -> str:
     """Lines {name: (x, y)} in one pair of axes."""
-    fig, (ax,) = _figure(width, 2.9)
+    fig, (ax,) = blank_figure(width, 2.9)
     for i, (name, (x, y)) in enumerate(curves.items()):
         color, _, dashes = style(i)
         ax.plot(x, y, color=color, ls=dashes, lw=1.4, label=name)
     ax.grid(axis="y", color="#e9e9e9", lw=0.7)
     ax.legend(frameon=False)
-    _label(fig, below, beside)
-    return _svg(fig, f"lines-{below}-{beside}-{width:g}".replace(" ", "-"), f"{beside} against {below}")
+    edge_labels(fig, below, beside)
+    return svg_text(fig, f"lines-{below}-{beside}-{width:g}".replace(" ", "-"), f"{beside} against {below}")
 
 
 def self_paced_weights(losses: ArrayLike, threshold: ArrayLike, *, weight: ArrayLike = 0.175) -> dict[str, np.ndarray]:

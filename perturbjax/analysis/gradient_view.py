@@ -27,7 +27,7 @@ import optax
 from jax.typing import ArrayLike
 from matplotlib.ticker import MaxNLocator
 
-from perturbjax.analysis.plots import LOOK, _label, _svg, class_bins, shorten, style
+from perturbjax.analysis.plots import LOOK, class_bins, edge_labels, shorten, style, svg_text
 from perturbjax.chains import split_methods
 from perturbjax.classes import wide
 from perturbjax.core import Batch, objective
@@ -291,8 +291,8 @@ def gradient_plot(
     for ax in axes[:, 0]:
         ax.set_ylim(bottom=0)  # once all of the row is drawn
     below = f"classes, most frequent in training first (full: the {what} grows, hollow: it shrinks)"
-    _label(fig, below, f"change of the class's {what}, ‖δ‖/‖{symbol}‖ (%)")
-    return _svg(fig, f"{what}s-{width:g}", f"Relative variation of the {what} by class")
+    edge_labels(fig, below, f"change of the class's {what}, ‖δ‖/‖{symbol}‖ (%)")
+    return svg_text(fig, f"{what}s-{width:g}", f"Relative variation of the {what} by class")
 
 
 def _binned(values: np.ndarray, bins: list[np.ndarray]) -> np.ndarray:

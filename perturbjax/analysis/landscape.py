@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from perturbjax.analysis.plots import LOOK, _label, _svg, shorten, style
+from perturbjax.analysis.plots import LOOK, edge_labels, shorten, style, svg_text
 from perturbjax.analysis.sharpness import DataLoss
 from perturbjax.checks import check_choice
 from perturbjax.classes import wide
@@ -90,7 +90,7 @@ def line_figure(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.grid(axis="y", color="#e9e9e9", lw=0.7)
     axes[-1].legend(frameon=False, loc="upper center")
-    _label(fig, "distance from the trained parameters", "loss")
+    edge_labels(fig, "distance from the trained parameters", "loss")
     return fig
 
 
@@ -122,11 +122,11 @@ def plane_figure(planes: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
         ax.yaxis.set_major_locator(MaxNLocator(5))
     for ax in axes[len(planes) :]:
         ax.set_visible(False)
-    _label(fig, "first random direction", "second random direction")
+    edge_labels(fig, "first random direction", "second random direction")
     return fig
 
 
 def as_svg(fig: Figure, name: str, label: str) -> str:
     """The figure as text of an <svg>, like the report's; `name` is in its ids, `label` is for screen readers."""
     with mpl.rc_context(LOOK):
-        return _svg(fig, name, label)
+        return svg_text(fig, name, label)

@@ -75,7 +75,7 @@ def accuracy_plot(results: dict, width: float) -> str:
     row = 0.52 if above else 0.4
     labels = [shorten(name, 30, 2) for name in scored]
     left = 0.15 if above else 0.2 + CHARACTER * max(len(line) for label in labels for line in label.split("\n"))
-    fig, (ax,) = _figure(width, row * len(scored) + 0.6, left=left)
+    fig, (ax,) = blank_figure(width, row * len(scored) + 0.6, left=left)
     names, y = list(results["methods"]), np.arange(len(scored), dtype=float)
     for at, (name, entry) in zip(y, scored.items(), strict=True):
         color, marker, _ = style(names.index(name))
@@ -96,13 +96,13 @@ def accuracy_plot(results: dict, width: float) -> str:
     ax.spines["left"].set_visible(False)
     ax.grid(axis="x", color="#e4e4e4", lw=0.7)
     ax.margins(x=0.06)
-    return _svg(fig, f"accuracy-{width:g}", "Accuracy of each method")
+    return svg_text(fig, f"accuracy-{width:g}", "Accuracy of each method")
 
 
 @mpl.rc_context(LOOK)
 def cost_plot(results: dict, width: float) -> str:
     """Accuracy against what a training step costs, relative to plain training."""
-    fig, (ax,) = _figure(width, 3.1)
+    fig, (ax,) = blank_figure(width, 3.1)
     costs = []
     for i, m in enumerate(results["methods"].values()):
         if _has(m.get("accuracy")) and m.get("cost_ratio"):
@@ -125,7 +125,7 @@ def cost_plot(results: dict, width: float) -> str:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
     ax.set(xlabel="cost of training, as a multiple of plain training", ylabel="test accuracy (%)")
     ax.grid(color="#e9e9e9", lw=0.7)
-    return _svg(fig, f"cost-{width:g}", "Accuracy against cost")
+    return svg_text(fig, f"cost-{width:g}", "Accuracy against cost")
 
 
 @mpl.rc_context(LOOK)
@@ -168,8 +168,8 @@ def class_plot(results: dict, width: float, key: str = "per_class") -> str:
             ax.set_yscale("symlog", linthresh=100)
             ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}".replace("-", "−")))
     under = "classes" if balanced else "classes, most frequent in training first"
-    _label(fig, under, "accuracy of the class (%)" if share else f"change of the loss (%{', log scale' * heavy})")
-    return _svg(fig, f"{key}-{width:g}", "Accuracy by class" if share else "Relative loss variation by class")
+    edge_labels(fig, under, "accuracy of the class (%)" if share else f"change of the loss (%{', log scale' * heavy})")
+    return svg_text(fig, f"{key}-{width:g}", "Accuracy by class" if share else "Relative loss variation by class")
 
 
 def variation_plot(results: dict, width: float) -> str:
@@ -194,8 +194,8 @@ def curve_plot(results: dict, width: float) -> str:
             ax.plot(epoch, mean, marker, ls=dashes, color=color, lw=1.4, zorder=3 + (name != shown[0]), **every)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.grid(axis="y", color="#e9e9e9", lw=0.7)
-    _label(fig, "epoch", "test accuracy (%)")
-    return _svg(fig, f"curves-{width:g}", "Learning curves")
+    edge_labels(fig, "epoch", "test accuracy (%)")
+    return svg_text(fig, f"curves-{width:g}", "Learning curves")
 
 
 def class_bins(class_counts, limit: int = 20) -> list[np.ndarray]:
@@ -215,11 +215,13 @@ def _panels(results, curves, width, height, reference=True, **margins):
     """[(axes, names drawn in it)] and the figure: all in one pair of axes, or a panel per method with the reference."""
     others, columns = _grid(results, curves, width, reference)
     if not others:
-        fig, (ax,) = _figure(width, height, **margins)
+        fig, (ax,) = blank_figure(width, height, **margins)
         return [(ax, list(curves))], fig
     titles, rows = [shorten(name, int(width / columns * 12) - 4, 2) for name in others], -(-len(others) // columns)
     above = 0.11 + 0.15 * max(title.count("\n") + 1 for title in titles)
-    fig, grid = _figure(width, rows * (1.35 + above) + margins.get("bottom", BOTTOM), rows, columns, above=above, **margins)
+    fig, grid = blank_figure(
+        width, rows * (1.35 + above) + margins.get("bottom", BOTTOM), rows, columns, above=above, **margins
+    )
     for i, ax in enumerate(grid):
         ax.set_visible(i < len(others))
         ax.tick_params(labelbottom=i + columns >= len(others))
@@ -228,7 +230,7 @@ def _panels(results, curves, width, height, reference=True, **margins):
     return [(ax, [*beside, name]) for ax, name in zip(grid, others)], fig
 
 
-def _figure(width, height, rows=1, columns=1, *, left=0.6, bottom=BOTTOM, above=0.1):
+def blank_figure(width, height, rows=1, columns=1, *, left=0.6, bottom=BOTTOM, above=0.1):
     """A figure and its axes [rows · columns], margins in inches. (An automatic layout takes three times as long.)"""
     fig, gap = Figure(figsize=(width, height)), 0.14
     axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
@@ -238,14 +240,14 @@ def _figure(width, height, rows=1, columns=1, *, left=0.6, bottom=BOTTOM, above=
     return fig, axes
 
 
-def _label(fig, below, beside):
+def edge_labels(fig, below, beside):
     """One label for all panels, at the figure's edges."""
     width, height = fig.get_size_inches()
     fig.supxlabel(below, y=0.06 / height, fontsize=FONT)
     fig.supylabel(beside, x=0.04 / width, ha="left", fontsize=FONT)
 
 
-def _svg(fig, name, label):
+def svg_text(fig, name, label):
     """The figure as <svg>: no prologue, no metadata, ids that are unique in the page, a label for screen readers."""
     out = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
 from perturbjax.feature.adversarial import Step, check_ball, pixel_range, random_start, require_floats, site_shape
 from perturbjax.inference.pgd import pgd
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 from perturbjax.projection import Norm
 
 

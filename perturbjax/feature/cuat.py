@@ -12,9 +12,9 @@ import jax
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
 from perturbjax.feature.adversarial import Step, group_number, persistent_link
 from perturbjax.link import Context, Flow, Perturbation
+from perturbjax.method import method
 from perturbjax.projection import Norm
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
-from perturbjax.coordinates import method
 from perturbjax.feature.boxes import box_mask, require_images
 from perturbjax.feature.mixup import mix
 from perturbjax.link import Context, Flow, Perturbation, Rest, per_sample_keys
+from perturbjax.method import method
 
 
 def cutmix_boxes(

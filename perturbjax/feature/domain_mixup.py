@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_domain_count, check_number, domains_of
 from perturbjax.classes import class_count
-from perturbjax.coordinates import method
 from perturbjax.feature.mixup import mix, mix_side
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def ring_partners(key: jax.Array, domains: jax.Array, *, num_domains: int) -> jax.Array:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
 from perturbjax.feature.adversarial import (
     PersistentDelta,
     Step,
@@ -27,6 +26,7 @@ from perturbjax.feature.adversarial import (
 )
 from perturbjax.inference.pgd import pgd
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 from perturbjax.projection import Norm
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def draw_mixing(key: jax.Array, batch_size: int, *, alpha: ArrayLike) -> tuple[jax.Array, jax.Array]:

@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import wide
-from perturbjax.coordinates import method
 from perturbjax.feature.boxes import box_mask, require_images
 from perturbjax.link import Context, Flow, Perturbation, Rest, per_sample_keys
+from perturbjax.method import method
 
 TRIES = 10
 

@@ -15,11 +15,11 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import wide
-from perturbjax.coordinates import method
 from perturbjax.feature.adversarial import Range, check_inputs, pixel_range, require_floats
 from perturbjax.inference.pgd import UNROLLED
 from perturbjax.inference.proximal import REGULARISERS, Regulariser, proximal_step
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def regularised_delta(

@@ -15,8 +15,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import RunningMean, class_count, class_mean, gather, running_mean_init, running_mean_update, wide
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 from perturbjax.projection import group_norm, per_group
 
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
-from perturbjax.coordinates import method
 from perturbjax.label.robust_lasso import corruption, outputs_of, robust_losses
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def sparse_shift(outputs: jax.Array, targets: jax.Array, *, weight: ArrayLike) -> jax.Array:

@@ -12,9 +12,9 @@ from typing import Literal
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from perturbjax.coordinates import method
 from perturbjax.feature.adversarial import Step, persistent_link
 from perturbjax.link import Perturbation
+from perturbjax.method import method
 from perturbjax.projection import Norm
 
 

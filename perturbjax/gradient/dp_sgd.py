@@ -20,8 +20,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import wide
-from perturbjax.coordinates import method
 from perturbjax.gradient.groups import added, example_members, require_key, require_weights
+from perturbjax.method import method
 
 
 class DPSGDState(NamedTuple):

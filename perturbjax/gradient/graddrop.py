@@ -18,7 +18,6 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import wide
-from perturbjax.coordinates import method
 from perturbjax.gradient.groups import (
     Groups,
     added,
@@ -28,6 +27,7 @@ from perturbjax.gradient.groups import (
     require_weights,
     weighted_gradients,
 )
+from perturbjax.method import method
 
 
 class GradDropState(NamedTuple):

@@ -18,11 +18,11 @@ from jax.typing import ArrayLike
 from perturbjax.bound import Bound, check_bound, needs, radius
 from perturbjax.checks import check_choice, check_number, check_samples
 from perturbjax.classes import AxisName, class_count, wide
-from perturbjax.coordinates import method
 from perturbjax.gradient.lpg_generalization import lpg_bound_term
 from perturbjax.gradient.lpg_groups import Granularity, lpg_groups
 from perturbjax.gradient.lpg_pgd import STEPS, Step, full_search, head_search
 from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits
+from perturbjax.method import method
 from perturbjax.projection import group_norm, unit
 from perturbjax.split import Clean, Split, as_split
 

@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
+from perturbjax.method import method
 
 
 class GradientNoiseState(NamedTuple):

@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
+from perturbjax.method import method
 from perturbjax.parameter.ascent import unit_tree
 
 

@@ -16,7 +16,6 @@ import optax
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import wide
-from perturbjax.coordinates import method
 from perturbjax.gradient.groups import (
     Groups,
     added,
@@ -27,6 +26,7 @@ from perturbjax.gradient.groups import (
     require_weights,
     weighted_gradients,
 )
+from perturbjax.method import method
 
 
 class PCGradState(NamedTuple):

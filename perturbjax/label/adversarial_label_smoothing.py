@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def adversarially_smoothed(targets: jax.Array, log_probabilities: jax.Array, *, weight: ArrayLike) -> jax.Array:

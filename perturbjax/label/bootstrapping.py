@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 from perturbjax.table import new_table, read, write
 
 DEFAULT_WEIGHTS = {"soft": 0.05, "hard": 0.2}

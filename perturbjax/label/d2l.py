@@ -18,9 +18,9 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import AxisName, gather, own_share, wide
-from perturbjax.coordinates import method
 from perturbjax.label.bootstrapping import bootstrapped_targets
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def local_dimension(features: jax.Array, *, num_neighbours: int = 20, axis_name: AxisName = None) -> jax.Array:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, per_sample_keys
+from perturbjax.method import method
 
 
 def disturbed_targets(key: jax.Array, index: jax.Array, targets: jax.Array, *, rate: ArrayLike) -> jax.Array:

@@ -15,9 +15,9 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import gather, own_share
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits
 from perturbjax.loss.kd import distillation_losses
+from perturbjax.method import method
 
 _LAST = "dlb"  # in flow.extra: (logits of the last batch now [B, C], the clean ones, the Last as this device has it)
 

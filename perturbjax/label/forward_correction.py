@@ -19,8 +19,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
 from perturbjax.classes import gather
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 KINDS = ("symmetric", "pair", "estimated", "learned")
 

@@ -15,8 +15,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import RunningMean, running_mean_init, running_mean_update
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def mix_bootstrapped(

@@ -14,8 +14,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import class_mean
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def relaxed_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
-from perturbjax.coordinates import method
 from perturbjax.inference.proximal import soft_threshold
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def corruption(outputs: jax.Array, targets: jax.Array, *, weight: ArrayLike) -> jax.Array:

@@ -13,9 +13,9 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import AxisName, class_sum, own_entries
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale, of_labels
+from perturbjax.method import method
 
 
 def adaptive_margin_step(

@@ -15,9 +15,9 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, check_samples
 from perturbjax.classes import own_entries, wide
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale
+from perturbjax.method import method
 
 
 def arcface_shift(true_logits: jax.Array, *, margin: ArrayLike = 0.5, scale: ArrayLike) -> jax.Array:

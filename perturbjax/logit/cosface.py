@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_classes, check_labels, check_number
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
 from perturbjax.logit.cosine import DEFAULT_SCALE, at_true_class, head_needs, head_scale
+from perturbjax.method import method
 
 
 def cosface_delta(

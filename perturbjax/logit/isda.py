@@ -16,8 +16,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import RunningCovariance, running_covariance_init, running_covariance_update, wide
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
+from perturbjax.method import method
 
 
 def isda_delta(weights: jax.Array, covariance: jax.Array, *, strength: ArrayLike = 0.5) -> jax.Array:

@@ -17,8 +17,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import wide
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
+from perturbjax.method import method
 
 
 def angle_margin(cosine: jax.Array, *, margin: int = 4) -> jax.Array:

@@ -16,10 +16,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_class_counts, check_number, is_traced
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean, reached
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale, of_labels
 from perturbjax.loss.class_weighting import class_weights
+from perturbjax.method import method
 
 
 def ldam_margins(class_counts: ArrayLike, *, margin: ArrayLike = 0.5) -> jax.Array:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_class_counts, check_number
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def logit_adjustment_delta(class_counts: ArrayLike, *, tau: ArrayLike = 1.0) -> jax.Array:

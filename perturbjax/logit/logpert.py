@@ -18,9 +18,9 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, check_samples, is_traced
 from perturbjax.classes import at_least_float32, gather, wide
-from perturbjax.coordinates import method
 from perturbjax.inference.proximal import CROSS_ENTROPY_STEP, REGULARISERS, Regulariser, proximal_search, proximal_step
 from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
+from perturbjax.method import method
 from perturbjax.table import add, new_table, read, write
 
 SEARCHES = ("exact", "acs", "joint")

@@ -19,10 +19,10 @@ from jax.typing import ArrayLike
 from perturbjax.bound import Bound, check_bound, largest, needs, needs_accuracy, radius
 from perturbjax.checks import check_choice, check_number, check_samples, is_traced
 from perturbjax.classes import AxisName, at_least_float32, class_mean, wide
-from perturbjax.coordinates import method
 from perturbjax.inference.pgd import UNROLLED, pgd
 from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, keep_clean
 from perturbjax.logit.lpl_steps import HeadTailSteps, ProportionalSteps, Steps, class_steps, largest_steps, steps_need
+from perturbjax.method import method
 from perturbjax.projection import group_norm, project, unit
 from perturbjax.split import Clean, Split, as_split, by_accuracy
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def margin_excess(logits: jax.Array, *, margin: ArrayLike = 10.0) -> jax.Array:

@@ -21,10 +21,10 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, check_samples, is_traced
 from perturbjax.classes import AxisName, at_least_float32, gather, own_share, wide
-from perturbjax.coordinates import method
 from perturbjax.feature.adversarial import check_ball, check_inputs, pixel_range
 from perturbjax.inference.pgd import pgd
 from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean, per_sample_keys
+from perturbjax.method import method
 from perturbjax.projection import per_group
 from perturbjax.split import by_loss_top
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.loss.class_weighting import class_weights
+from perturbjax.method import method
 
 FORMS = ("weights", "samples")
 

@@ -16,8 +16,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_class_counts, check_number, is_traced
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 KINDS = ("none", "balanced", "effective")
 

@@ -12,8 +12,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def entropy(log_probabilities: jax.Array) -> jax.Array:

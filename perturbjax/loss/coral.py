@@ -14,8 +14,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_domain_count, check_number, domains_of
 from perturbjax.classes import AxisName, class_count, class_mean, wide
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def coral_penalty(

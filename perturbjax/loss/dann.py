@@ -18,8 +18,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_domain_count, check_number, domains_of
 from perturbjax.classes import wide
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 class DANNState(NamedTuple):

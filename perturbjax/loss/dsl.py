@@ -20,8 +20,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, is_traced
 from perturbjax.classes import AxisName, gather, own_entries, wide
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 from perturbjax.projection import unit
 
 

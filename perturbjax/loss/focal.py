@@ -15,8 +15,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import class_mean, own_entries
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def focal_factor(log_probabilities: jax.Array, labels: jax.Array, *, gamma: ArrayLike = 2.0) -> jax.Array:

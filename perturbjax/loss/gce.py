@@ -14,8 +14,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, is_traced
 from perturbjax.classes import own_entries
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def gce_terms(log_probabilities: jax.Array, *, q: ArrayLike = 0.7, truncate: ArrayLike = 0.0) -> jax.Array:

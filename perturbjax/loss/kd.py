@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.loss.teacher import VIRTUAL, Teacher, check_teacher, teacher_logits, teacher_variables
+from perturbjax.method import method
 
 
 class KDState(NamedTuple):

@@ -18,8 +18,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
 from perturbjax.classes import AxisName, gather
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 from perturbjax.parameter.timing import Course, Place, at, check_setting, not_negative
 
 

@@ -13,8 +13,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_classes, check_number
 from perturbjax.classes import wide
-from perturbjax.coordinates import method
 from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.method import method
 
 
 def margins(logits: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import optax
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
-from perturbjax.coordinates import method
+from perturbjax.method import method
 from perturbjax.parameter.ascent import AscentState, dot, move, require, safe, to_climb, widen
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import wide
-from perturbjax.coordinates import method
+from perturbjax.method import method
 from perturbjax.parameter.ascent import AscentState, dot, move, require, safe, to_climb, widen, with_decay
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 

@@ -13,7 +13,7 @@ import optax
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.coordinates import method
+from perturbjax.method import method
 from perturbjax.parameter.ascent import AscentState, move, require, to_climb, unit_tree, widen
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 

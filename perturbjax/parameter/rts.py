@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from perturbjax.checks import check_choice
-from perturbjax.coordinates import method
+from perturbjax.method import method
 from perturbjax.parameter.ascent import move, require, to_climb, unit_tree, widen
 from perturbjax.parameter.pugd import pugd_ascent
 from perturbjax.parameter.timing import Place, Setting, Timing, always, at, check_setting, never

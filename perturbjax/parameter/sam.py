@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import wide
-from perturbjax.coordinates import method
+from perturbjax.method import method
 from perturbjax.parameter.ascent import AscentState, move, require, safe, to_climb, unit_tree, widen, with_decay
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 

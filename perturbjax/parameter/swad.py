@@ -21,7 +21,7 @@ import optax
 
 from perturbjax.checks import check_number
 from perturbjax.classes import at_least_float32
-from perturbjax.coordinates import method
+from perturbjax.method import method
 
 CONVERGE, PATIENCE, TOLERANCE = 3, 6, 0.3
 

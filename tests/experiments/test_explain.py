@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import compare, explain, train
+from experiments import explain, train
+from experiments.shared import many
 
 pytestmark = pytest.mark.optax_promotes  # schedules
 
@@ -34,7 +35,7 @@ def test_it_trains_looks_and_writes(looked):
 
 def test_it_reads_finished_runs_and_needs_the_same_test_samples(looked, tmp_path, monkeypatch, capsys):
     out, found = looked
-    monkeypatch.setattr(compare, "train_group", None)  # nothing is trained
+    monkeypatch.setattr(many, "train_group", None)  # nothing is trained
     explain.main([*LOOK, "--runs", str(out), "--out", str(tmp_path / "a"), "--explain", "prediction", "--site", "stem"])
     again = json.loads((tmp_path / "a" / "explain.json").read_text())
     assert again["nets"] == found["nets"] and (tmp_path / "a" / "cam.svg").exists()

@@ -16,7 +16,7 @@ from experiments.gpu import longtail, numbers, page
 from experiments.gpu.check import Check
 from experiments.gpu.sizes import LONG_TAIL, TINY, TOLERANCE, Sizes
 from perturbjax import spec, taxonomy
-from perturbjax.coordinates import TARGETS
+from perturbjax.method import TARGETS
 
 pytestmark = pytest.mark.optax_promotes  # schedules
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import compare, shared, train
+from experiments.shared import many
 
 pytestmark = pytest.mark.optax_promotes  # schedules
 
@@ -97,13 +98,13 @@ def test_a_folder_of_other_settings_is_refused_with_the_difference(tmp_path):
 
 @pytest.mark.parametrize("vmapped", ["False", "True"])
 def test_compare_trains_only_what_is_missing(tmp_path, monkeypatch, vmapped):
-    trained, original = [], compare.fit_many
+    trained, original = [], many.fit_many
 
     def fit_many(recipe, runs, **options):
         trained.extend((run.name, run.seed) for run in runs)
         return original(recipe, runs, **options)
 
-    monkeypatch.setattr(compare, "fit_many", fit_many)
+    monkeypatch.setattr(many, "fit_many", fit_many)
     flags = ["--epochs", "2", "--cost-rounds", "0", "--vmapped", vmapped, "--out", str(tmp_path)]
     compare.main(["--methods", "ce, lpl", "--seeds", "1", *flags])
     first = json.loads((tmp_path / "results.json").read_text())
@@ -243,7 +244,7 @@ def test_a_group_that_was_interrupted_is_finished_as_it_began(tmp_path, monkeypa
         "--out",
         str(tmp_path),
     ]
-    original, saved = compare.split_off, []
+    original, saved = many.split_off, []
 
     def dying(one, history, common):
         if len(saved) == 1:
@@ -251,11 +252,11 @@ def test_a_group_that_was_interrupted_is_finished_as_it_began(tmp_path, monkeypa
         saved.append(one.name)
         original(one, history, common)
 
-    monkeypatch.setattr(compare, "split_off", dying)
+    monkeypatch.setattr(many, "split_off", dying)
     with pytest.raises(KeyboardInterrupt):
         compare.main(flags)
     assert saved == ["ce, seed 0"] and len(list(tmp_path.glob("runs/together-*"))) == 1
-    monkeypatch.setattr(compare, "split_off", original)
+    monkeypatch.setattr(many, "split_off", original)
     compare.main(flags)
     assert not list(tmp_path.glob("runs/together-*"))
     logs = sorted(tmp_path.glob("runs/*/seed-*/metrics.jsonl"))
@@ -273,9 +274,9 @@ def test_a_group_that_was_interrupted_is_finished_as_it_began(tmp_path, monkeypa
 
 def test_all_seeds_of_a_drawn_view_share_one_recipe(tmp_path):
     settings = compare.CompareSettings(seeds=3)
-    datasets = [compare.shared.load_view(settings, seed) for seed in range(3)]
-    methods = compare.shared.parse_methods("ce, la(tau=1), la(tau=2)")
-    assert [len(group) for group in compare.groups(compare.plan(settings, datasets, methods, tmp_path))] == [3, 6]
+    datasets = [shared.load_view(settings, seed) for seed in range(3)]
+    methods = shared.parse_methods("ce, la(tau=1), la(tau=2)")
+    assert [len(group) for group in many.groups(many.plan(settings, datasets, methods, tmp_path))] == [3, 6]
 
 
 def test_other_images_or_another_plugin_are_another_run(tmp_path):

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import compare, landscape, train
+from experiments import landscape, train
+from experiments.shared import many
 
 pytestmark = pytest.mark.optax_promotes  # schedules
 
@@ -42,7 +43,7 @@ def test_it_trains_looks_and_writes(looked):
 
 def test_with_other_flags_it_looks_again_at_the_nets_that_are_there(looked, monkeypatch, capsys):
     out, found = looked
-    monkeypatch.setattr(compare, "train_group", None)  # nothing is trained
+    monkeypatch.setattr(many, "train_group", None)  # nothing is trained
     landscape.main([*QUICK, "--methods", "ce, sam(radius=0.3)", "--seeds", "2", "--radius", "0.1", "--out", str(out)])
     again = json.loads((out / "landscape.json").read_text())
     for before, after in zip(found["nets"], again["nets"], strict=True):

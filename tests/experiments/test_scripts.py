@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import bench, compare, domains, shared, train
+from experiments.shared import many
 from perturbjax import spec, taxonomy
 from perturbjax.data import VIEWS, load
 
@@ -230,7 +231,7 @@ def test_a_finished_comparison_says_so_and_times_nothing_again(tmp_path, monkeyp
     flags = ["--methods", "rts(timing=last), sam", *QUICK, "--seeds", "1", "--cost-rounds", "1", "--out", str(tmp_path)]
     compare.main(flags)  # the first step of `last` is plain, its run is not: it gets no ratio
     assert results(tmp_path)["methods"]["rts(timing=last)"]["cost_ratio"] is None and "Wrote" in capsys.readouterr().out
-    monkeypatch.setattr(compare, "measure_costs", None)
+    monkeypatch.setattr(many, "measure_costs", None)
     compare.main(flags)
     assert "Finished before" in capsys.readouterr().out
 
@@ -314,7 +315,7 @@ def test_timing_shares_the_data_streams_where_training_does_and_an_error_there_l
     from perturbjax.training import cost
 
     flags = ["--methods", "ce, la", "--seeds", "1", "--stream", "True", *QUICK, "--out", str(tmp_path)]
-    given, original = [], compare.TimedStep
+    given, original = [], many.TimedStep
 
     class Watched(original):
         def __init__(self, *args, batch=None, **options):
@@ -326,12 +327,12 @@ def test_timing_shares_the_data_streams_where_training_does_and_an_error_there_l
 
     monkeypatch.setattr(cost, "device_data", failing)  # nobody puts all images on the device
     with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory"):
-        broken.setattr(compare, "cost_ratios", failing)
+        broken.setattr(many, "cost_ratios", failing)
         compare.main(flags)
     before = results(tmp_path)
     assert [entry["cost_ratio"] for entry in before["methods"].values()] == [None, None]
-    monkeypatch.setattr(compare, "TimedStep", Watched)
-    monkeypatch.setattr(compare, "fit_many", failing)  # nothing is trained again
+    monkeypatch.setattr(many, "TimedStep", Watched)
+    monkeypatch.setattr(many, "fit_many", failing)  # nothing is trained again
     compare.main(flags)
     after = results(tmp_path)
     assert given[-1] is given[-2] and given[-1][0].images is None and given[-1][1].images.shape[:2] == (1, 32)
@@ -341,8 +342,8 @@ def test_timing_shares_the_data_streams_where_training_does_and_an_error_there_l
 
 
 def test_states_of_finished_runs_are_not_kept_on_the_device(tmp_path, monkeypatch):
-    kept, original = [], compare.train_all
-    monkeypatch.setattr(compare, "train_all", lambda *args: (kept.append(original(*args)), kept[-1])[1])
+    kept, original = [], many.train_all
+    monkeypatch.setattr(many, "train_all", lambda *args: (kept.append(original(*args)), kept[-1])[1])
     for vmapped in ("False", "True"):
         flags = ["--methods", "ce, la", "--seeds", "2", "--cost-rounds", "0", "--vmapped", vmapped, *QUICK]
         compare.main([*flags, "--out", str(tmp_path / vmapped)])
