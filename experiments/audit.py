@@ -34,11 +34,12 @@ from experiments import shared
 from perturbjax.analysis import audit
 from perturbjax.analysis.dynamics import dynamics, mean_dynamics, sample_signals
 from perturbjax.checks import check_choice, check_number
-from perturbjax.data import Dataset, epoch_order, pack
+from perturbjax.data import Dataset, pack
 from perturbjax.data.dataset import take
 from perturbjax.training import History, Recipe, RunFolder, TimedStep, cost_ratios, first_batch, fit, init_state, sample_data
 from perturbjax.training.checkpoint import Checkpoints, dump_json
 from perturbjax.training.devices import to_host
+from perturbjax.training.feed import order_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def main(argv: list[str]) -> None:
         if settings.evidence == "folds" or compares:
             check_folds(settings, dataset)
         if settings.evidence == "memory":
-            check_all_seen(settings, recipe)
+            check_all_seen(settings, recipe, dataset.train_labels)
             found = from_memory(settings, recipe, numbers, dataset, folder.path)
         else:
             found = from_folds(settings, recipe, numbers, dataset, folder.path)
@@ -148,18 +149,20 @@ def check(settings: AuditSettings, methods: dict) -> None:
     check_number("--top", low=0, top=settings.top)
 
 
-def check_all_seen(settings: AuditSettings, recipe: Recipe) -> None:
-    """Raises ValueError if a training would leave samples out: an epoch drops its last, smaller batch, and there are few epochs."""
+def check_all_seen(settings: AuditSettings, recipe: Recipe, labels: np.ndarray) -> None:
+    """Raises ValueError if a training would leave samples out: an epoch drops its last, smaller batch, or has each batch several times, and
+    there are few epochs."""
     for seed in seeds(settings):
         unseen = np.ones(recipe.num_examples, bool)
         for epoch in range(recipe.epochs):
-            unseen[epoch_order(recipe.num_examples, recipe.batch_size, seed, epoch).reshape(-1)] = False
+            unseen[order_of(recipe, labels, seed, epoch).reshape(-1)] = False
             if not unseen.any():
                 break
         else:
             raise ValueError(
-                f"audit.py needs to train on every sample at least once, got --epochs {recipe.epochs} with --batch-size {recipe.batch_size}, "
-                f"which leave {unseen.sum()} of {unseen.size} out. Write --epochs {recipe.epochs + 1} or more, or a smaller --batch-size."
+                f"audit.py needs to train on every sample at least once, got --epochs {recipe.epochs} with --batch-size "
+                f"{recipe.batch_size}, which leave {unseen.sum()} of {unseen.size} out. Write --epochs {recipe.epochs + recipe.replays} or "
+                "more, or a smaller --batch-size."
             )
 
 

@@ -24,6 +24,7 @@ from experiments import shared
 from experiments.leaveout.plan import (
     DomainsSettings,
     Job,
+    check_classes,
     check_flags,
     check_methods,
     held_out_domains,
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
     check_flags(settings)
     methods, notes = parse_methods(settings)
     dataset = load_pooled(settings)
+    check_classes(settings, dataset)
     held = held_out_domains(settings, dataset)
     for domain, seed in itertools.product(held, range(settings.seeds)):
         next(domain_batches(split_domains(dataset, domain, seed=seed).train, settings.batch_size, seed=0))

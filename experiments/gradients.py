@@ -57,7 +57,8 @@ def class_panels(settings: Gradients, look: Callable[..., Variations]) -> dict[s
         found = {
             typed: look(
                 method(values), recipe.model, state.params, images, dataset.train_labels, num_classes=dataset.num_classes,
-                stats=state.stats, batch_size=settings.batch_size, batches=settings.batches, seed=settings.seed,
+                stats=state.stats, batch_size=settings.batch_size, batches=settings.batches, replays=method.replays,
+                seed=settings.seed,
             )
             for typed, (method, values) in methods.items()
         }  # fmt: skip

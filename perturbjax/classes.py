@@ -30,7 +30,8 @@ def own_entries(values: jax.Array, labels: jax.Array) -> jax.Array:
     >>> print(own_entries(jnp.array([[1, 2], [3, 4]]), jnp.array([1, 0])))
     [2 3]
     """
-    return jnp.take_along_axis(values, labels[:, None], axis=1, mode="clip")[:, 0]
+    nearest = jnp.clip(labels, 0, values.shape[1] - 1)
+    return jnp.take_along_axis(values, nearest[:, None], axis=1)[:, 0]
 
 
 def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:

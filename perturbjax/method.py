@@ -31,6 +31,7 @@ def method(
     off: Mapping[str, Any] | None,
     alias: str | None = None,
     resolve_structure: Callable[[dict], dict] | None = None,
+    asks: Callable[[dict], dict] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Registers a factory: gives it its coordinates, which the table, the command line and the contract tests read.
 
@@ -41,6 +42,8 @@ def method(
       alias: short name on the command line.
       resolve_structure: settings as numbers -> further settings that fix the shape of the computation (a loop's length), for
         callers that trace the numbers afterwards.
+      asks: settings -> what a link can't do and the trainer does for it: {"replays": m}, every batch m times in a row, or
+        {"fine_tuning": {"start": ..., "rate": ...}}, class-balanced batches in the last part.
     """
     tuple_of = lambda x: (x,) if isinstance(x, str) else tuple(x)
     coordinates = Coordinates(tuple_of(target), tuple(direction), inference, tuple_of(granularity))
@@ -57,6 +60,7 @@ def method(
 
         make: Any = named
         make.coordinates, make.cite, make.off, make.alias = coordinates, cite, off, alias
+        make.asks = asks or (lambda settings: {})
         if resolve_structure is not None:
             make.resolve_structure = resolve_structure
         return make

@@ -62,7 +62,9 @@ class Stepper:
 
     def __init__(self, check: Check, dataset: Dataset, method: tuple, model: str, head: str = "linear"):
         sizes, self.check, self.dataset = check.sizes, check, dataset
-        settings = shared.Settings(model=model, width=sizes.width, head=head, batch_size=sizes.number_batch, epochs=8)
+        settings = shared.Settings(
+            model=model, width=sizes.width, head=head, batch_size=sizes.number_batch, epochs=max(8, method[0].replays)
+        )
         self.recipe, self.settings = shared.make_recipe(settings, dataset, method[0]), shared.make_numbers(settings, method[1])
         self.numbers, self.index = as_arrays(self.settings), np.arange(sizes.number_batch, dtype=np.int32)[None]
         self.like = self._init(0)

@@ -12,7 +12,7 @@ from experiments.shared.flags import MODEL_FLAGS
 from perturbjax import spec
 from perturbjax.checks import check_choice, check_number
 from perturbjax.data import Dataset, apply_views
-from perturbjax.data.domains import pooled
+from perturbjax.data.domains import missing_classes, pooled
 from perturbjax.training import DeviceData, Recipe, init_state
 from perturbjax.training.feed import call_length
 
@@ -35,6 +35,8 @@ class DomainsSettings(shared.Settings):
     """Steps between two evaluations (SWAD needs about ten in all, or more); a tenth of the steps if not given."""
     held_out: tuple[str, ...] = ()
     """Domains to leave out in turn; all if not given."""
+    missing_classes: bool = False
+    """Go on with domains that have no samples of some classes, which is an error otherwise."""
     out: str | None = None
     """Folder for domains.json and table.md; runs/domains-DATA-VIEW if not given."""
     view: str = "none"
@@ -134,7 +136,16 @@ def held_out_domains(settings: DomainsSettings, dataset: Dataset) -> list[int]:
 def run_identity(settings: DomainsSettings, dataset: Dataset) -> dict:
     """What all runs of a folder share."""
     whole = shared.identity(settings, dataset) | {"domains": list(dataset.domain_names)}
-    return {name: value for name, value in whole.items() if name != "held_out"}
+    return {name: value for name, value in whole.items() if name not in ("held_out", "missing_classes")}
+
+
+def check_classes(settings: DomainsSettings, dataset: Dataset) -> None:
+    """Raises ValueError for a domain that lacks a class, unless the settings allow it."""
+    if (found := missing_classes(dataset)) and not settings.missing_classes:
+        raise ValueError(
+            f"domains.py needs samples of every class in every domain. {' '.join(found)} Write --missing-classes True to go on without: "
+            "the domain's own accuracy is then that of its other classes."
+        )
 
 
 def recipe_of(settings: DomainsSettings, dataset: Dataset, method: shared.Method) -> StepsRecipe:

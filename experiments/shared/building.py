@@ -15,9 +15,7 @@ from perturbjax import spec, taxonomy
 from perturbjax.checks import check_number
 from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load
 from perturbjax.data.text import Tokenizer, read_vectors
-from perturbjax.feature.free_at import free_at
 from perturbjax.frozen import check_frozen
-from perturbjax.loss.balanced_fine_tuning import balanced_fine_tuning
 from perturbjax.models import TEXT_NAMES, bert_fields, create, load_bert, load_resnet, resnet_fields, with_vectors
 from perturbjax.parameter.swad import is_swad
 from perturbjax.training import (
@@ -72,14 +70,13 @@ def parse_methods(text: str, plugins: tuple[str, ...] = ()) -> dict[str, tuple[M
 
 
 def asked_of_trainer(structure: tuple, numbers: tuple, registry: Mapping[str, Callable]) -> dict[str, Any]:
-    """What balanced_fine_tuning(form=samples) and free_at ask of the trainer, as fields of a Method; {} without them."""
-    value, found = lambda x: numbers[x.index] if isinstance(x, spec.Slot) else x, {}
+    """What the methods of a chain ask of the trainer (`asks` of @method), as fields of a Method."""
+    value, found = lambda x: numbers[x.index] if isinstance(x, spec.Slot) else x, dict[str, Any]()
     for call in structure:
-        settings = {name: value(x) for name, x in call.kwargs}
-        if registry[call.name] is balanced_fine_tuning and settings["form"] == "samples":
-            found["fine_tuning"] = FineTuning(settings["start"], settings["rate"])
-        if registry[call.name] is free_at:
-            found["replays"] = settings["replays"]
+        asks = getattr(registry[call.name], "asks", lambda settings: {})  # ce is no perturbation
+        found |= asks({name: value(x) for name, x in call.kwargs})
+    if "fine_tuning" in found:
+        found["fine_tuning"] = FineTuning(**found["fine_tuning"])
     return found
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from perturbjax.checks import check_number
-from perturbjax.feature.adversarial import check_inputs, pixel_range, require_floats
+from perturbjax.checks import check_number, is_traced
+from perturbjax.feature.adversarial import pixel_range, require_floats, site_shape
 from perturbjax.inference.pgd import pgd
 from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.method import method
@@ -51,6 +51,8 @@ def ada(
       features: the site of z.
       value_range: what the perturbed input is clipped to; None for inputs that are no pixels of [0, 1]. Other sites: no clipping.
 
+    Raises ValueError, at init, for inputs outside the range, or a bound longer than any way between two images.
+
     Metrics: distance (½‖z(x^T) − z(x)‖², mean), raised (ℓ(x^T) − ℓ(x), mean), inner_evaluations.
     """
     check_number("ada", low=0, gamma=gamma, step_size=step_size)
@@ -58,7 +60,8 @@ def ada(
     check_number("ada", low=0, num_steps=num_steps)
 
     def init(context: Context) -> tuple:
-        check_inputs("ada", context, value_range)
+        finite = {} if is_traced(bound) or np.isinf(bound).any() else {"bound": bound}
+        site_shape("ada", context, norm="l2", value_range=value_range, **finite)
         return ()
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):

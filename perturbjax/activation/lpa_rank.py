@@ -59,15 +59,28 @@ def low_rank(gradients: jax.Array, rank: int) -> jax.Array:
     return within(gradients, right_vectors(_matrices(gradients), rank))
 
 
-def first_span(rank: int | None) -> Callable[[jax.Array], jax.Array] | None:
-    """For `pgd(transform=)`: projects on the span of the gradient that it is called with first. None for full rank."""
+def batch_vectors(gradients: jax.Array, rank: int, most: int) -> jax.Array:
+    """The right vectors of each class's gradient [C, P, D], of which no more than `most` are not zero: no others are decomposed."""
+    number = gradients.shape[0]
+    if number <= most:
+        return right_vectors(gradients, rank)
+    (there,) = jnp.nonzero(jnp.any(gradients != 0, axis=(1, 2)), size=most, fill_value=number)
+    own = right_vectors(gradients.at[there].get(mode="fill", fill_value=0), rank)
+    return jnp.zeros((number, *own.shape[1:]), own.dtype).at[there].set(own, mode="drop")
+
+
+def first_span(rank: int | None, most: int) -> Callable[[jax.Array], jax.Array] | None:
+    """For `pgd(transform=)`: projects on the span of the gradient that it is called with first. None for full rank.
+
+    most: how many classes a batch can have samples of.
+    """
     if rank is None:
         return None
     found: list[jax.Array] = []
 
     def transform(gradients: jax.Array) -> jax.Array:
         if not found:
-            found.append(right_vectors(_matrices(gradients), rank))
+            found.append(batch_vectors(_matrices(gradients), rank, most))
         return within(gradients, found[0])
 
     return transform

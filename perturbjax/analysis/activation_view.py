@@ -47,6 +47,7 @@ def activation_variation(
     stats: Any = None,
     class_counts: ArrayLike | None = None,
     num_examples: int | None = None,
+    replays: int = 1,
     key: jax.Array | None = None,
     step: ArrayLike | None = None,
     progress: ArrayLike | None = None,
@@ -59,7 +60,7 @@ def activation_variation(
       site: any of the model's, or "last_stage".
       model, params, stats: as for `pj.objective`; BatchNorm is in training mode.
       states: of the perturbations; None: initial ones (a split by accuracy then leaves all classes alone).
-      class_counts, num_examples: as for `pj.objective`. key, step, progress, epoch: as for its call. At the first step of an epoch,
+      class_counts, num_examples, replays: as for `pj.objective`. key, step, progress, epoch: as for its call. At the first step of an epoch,
         step 0 too, an LPA with several sites compares them and perturbs none: for what it does, give states in which they have been
         compared and a later step.
 
@@ -78,7 +79,7 @@ def activation_variation(
     look = Perturbation(
         site, lambda context: (), lambda flow, rest, state, context: (flow, state, {"value": flow.value}), name=_SEEN
     )
-    settings = dict(num_classes=num_classes, class_counts=class_counts, num_examples=num_examples)
+    settings = dict(num_classes=num_classes, class_counts=class_counts, num_examples=num_examples, replays=replays)
     place = dict(key=jax.random.key(0) if key is None else key, step=step, progress=progress, epoch=epoch, stats=stats)
 
     def run(links: tuple, states: tuple) -> tuple[jax.Array, jax.Array]:
@@ -113,9 +114,10 @@ def activation_variations(
     stats: Any = None,
     batch_size: int = 64,
     batches: int | None = None,
+    replays: int = 1,
     seed: int = 0,
 ) -> Variations:
     """What a method does to the classes' activations over a data set, at fixed parameters; see `gradient_variations`."""
     look = functools.partial(activation_variation, methods, model, params, site=site)
-    place = dict(num_classes=num_classes, stats=stats, batch_size=batch_size, batches=batches, seed=seed)
+    place = dict(num_classes=num_classes, stats=stats, batch_size=batch_size, batches=batches, replays=replays, seed=seed)
     return over_batches(look, methods, model, params, inputs, labels, **place)

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
 from perturbjax.analysis.metrics import Groups
 from perturbjax.analysis.plots import LOOK, shorten
-from perturbjax.checks import check_number
+from perturbjax.checks import check_labels, check_number
 from perturbjax.classes import own_entries, wide
 from perturbjax.data import evaluation_batches
 from perturbjax.line import line
@@ -42,7 +42,7 @@ def grad_cam(
       site: one with values [B, h, w, K], or "last_stage".
 
     Raises:
-      ValueError: a site whose values are no maps (of an mlp, or behind the pooling).
+      ValueError: a site whose values are no maps (of an mlp, or behind the pooling); labels of no class.
 
     >>> net = {"stage1": lambda w, x: x, "logits": lambda w, a: a.mean((1, 2)) @ w}
     >>> images = jnp.zeros([1, 4, 4, 2]).at[0, 1, 2].set(1.0)  # one bright pixel
@@ -64,6 +64,8 @@ def grad_cam(
             f"grad_cam needs a site with values [B, h, w, K], got {site!r} with {value.shape}. "
             "Name a stage of a convolutional model: the place in the image is lost in dense layers and behind the pooling."
         )
+
+    check_labels("grad_cam", labels, jax.eval_shape(lambda value: run(value, site, "logits"), value).shape[-1])
 
     def of_class(value):
         logits = wide(run(value, site, "logits"))

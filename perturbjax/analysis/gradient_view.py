@@ -59,6 +59,7 @@ def gradient_perturbation(
     stats: Any = None,
     class_counts: ArrayLike | None = None,
     num_examples: int | None = None,
+    replays: int = 1,
     key: jax.Array | None = None,
     step: ArrayLike | None = None,
     progress: ArrayLike | None = None,
@@ -70,7 +71,7 @@ def gradient_perturbation(
       methods: a perturbation, an optax link, or a sequence of both in their order.
       model, params, stats: as for `pj.objective`; BatchNorm is in training mode, by the whole batch's statistics.
       states: of the perturbations; None: initial ones (a split by accuracy then leaves all classes alone).
-      class_counts, num_examples: as for `pj.objective`. key, step, progress, epoch: as for its call. At the first step of an epoch,
+      class_counts, num_examples, replays: as for `pj.objective`. key, step, progress, epoch: as for its call. At the first step of an epoch,
         step 0 too, an LPA with several sites compares them and perturbs none: for what it does, give states in which they have been
         compared and a later step.
 
@@ -81,7 +82,7 @@ def gradient_perturbation(
     [0.82 0.82 0.82] [0.51 0.51 0.51] [-0.51 -0.51 -0.51]
     """
     links, transforms = split_methods(methods)
-    settings = dict(num_classes=num_classes, class_counts=class_counts, num_examples=num_examples)
+    settings = dict(num_classes=num_classes, class_counts=class_counts, num_examples=num_examples, replays=replays)
     key = jax.random.key(0) if key is None else key
     place = dict(key=key, step=step, progress=progress, epoch=epoch, stats=stats)
     labels = jnp.asarray(batch.labels)
@@ -175,6 +176,7 @@ def gradient_variations(
     stats: Any = None,
     batch_size: int = 64,
     batches: int | None = None,
+    replays: int = 1,
     seed: int = 0,
 ) -> Variations:
     """What a method does to the classes' gradients over a data set, at fixed parameters.
@@ -183,9 +185,10 @@ def gradient_variations(
     The second pass is looked at, each batch at its own step: an LPA with several sites compares them on the first one, which it leaves
     alone.
     inputs: floats, as the model takes them. batches: at most so many are looked at; None: all full ones of an epoch.
+    replays: how often each comes in a row, all of which count.
     """
     look = functools.partial(gradient_perturbation, methods, model, params)
-    place = dict(num_classes=num_classes, stats=stats, batch_size=batch_size, batches=batches, seed=seed)
+    place = dict(num_classes=num_classes, stats=stats, batch_size=batch_size, batches=batches, replays=replays, seed=seed)
     return over_batches(look, methods, model, params, inputs, labels, **place)
 
 
@@ -201,6 +204,7 @@ def over_batches(
     stats: Any,
     batch_size: int,
     batches: int | None,
+    replays: int,
     seed: int,
 ) -> Variations:
     """`look(batch, states=, ...)` over the batches of an epoch, after one in which the methods gather their statistics.
@@ -211,9 +215,12 @@ def over_batches(
     links, _ = split_methods(methods)
     labels = np.asarray(labels, np.int32)
     counts = np.bincount(labels, minlength=num_classes)
-    settings = dict(num_classes=num_classes, class_counts=counts, num_examples=len(labels))
+    settings = dict(num_classes=num_classes, class_counts=counts, num_examples=len(labels), replays=replays)
     made = objective(model, links, **settings)
-    orders = [epoch_order(len(labels), min(batch_size, len(labels)), seed, epoch) for epoch in (0, 1)]
+    orders = [
+        epoch_order(len(labels), min(batch_size, len(labels)), seed, epoch)[:most] for epoch, most in ((0, None), (1, batches))
+    ]
+    orders = [order.repeat(replays, axis=0) for order in orders]
     batch = lambda rows: Batch(jnp.asarray(inputs[rows]), jnp.asarray(labels[rows]), index=jnp.asarray(rows))
     key = jax.random.key(seed)
 
@@ -233,7 +240,7 @@ def over_batches(
         for number, rows in enumerate(orders[0]):
             states = settle(states, batch(rows), jax.random.fold_in(key, number), jnp.int32(number))
     seen = []
-    for step, rows in enumerate(orders[1][:batches], start=len(orders[0])):
+    for step, rows in enumerate(orders[1], start=len(orders[0])):
         states, found = view(states, batch(rows), jax.random.fold_in(key, step), jnp.int32(step))
         seen.append(jax.device_get(found))
     present, *lengths = (np.array(column, np.float64).sum(0) for column in zip(*seen, strict=True))

@@ -56,18 +56,15 @@ def balanced_order(labels: np.ndarray, batch_size: int, seed: int, epoch: int) -
     return rng.permutation(np.concatenate(chosen)).reshape(shape).astype(np.int32)
 
 
-def replayed_order(draw: Callable[[int], np.ndarray], replays: int, epoch: int) -> np.ndarray:
+def replayed_order(draw: Callable[[int], np.ndarray], steps: int, replays: int, epoch: int) -> np.ndarray:
     """[steps, batch_size] int32: of a run that takes every batch `replays` times in a row, an epoch of as many steps as without.
 
     draw: epoch -> [steps, batch_size], the batches of a run without replays; their order is kept, across the ends of epochs.
 
     >>> draw = lambda epoch: 10 * epoch + np.arange(3)[:, None]  # the batches 0, 1, 2; 10, 11, 12; …
-    >>> print(*(replayed_order(draw, 2, epoch)[:, 0] for epoch in range(3)))
+    >>> print(*(replayed_order(draw, 3, 2, epoch)[:, 0] for epoch in range(3)))
     [0 0 1] [1 2 2] [10 10 11]
     """
-    if replays == 1:
-        return draw(epoch)
-    steps = len(draw(0))
     batches = [step // replays for step in range(epoch * steps, (epoch + 1) * steps)]  # counted from the run's beginning
     drawn = {e: draw(e) for e in range(batches[0] // steps, batches[-1] // steps + 1)}
     return np.stack([drawn[b // steps][b % steps] for b in batches])

@@ -162,7 +162,8 @@ def persistent_link(
         return (
             flow._replace(value=value),
             PersistentDelta(after, jnp.ones([], bool)),
-            {"inner_evaluations": jnp.int32(num_steps)},
+            # Before the update the search's first point is the training's own, and one pass serves both.
+            {"inner_evaluations": jnp.int32(num_steps - (update == "after"))},
         )
 
     return Perturbation(site, init, apply, search=True)

@@ -3,10 +3,14 @@ r"""Free adversarial training (free AT): each batch m times in a row, and every 
     for t = 1…m on one batch:  train at x_i + δ_b;   δ_b ← Π_{‖δ‖ ≤ ε}( δ_b + ε · sign ∇_x ℓ(x_i + δ_b) )      (i is the batch's b-th sample)
 
 The delta belongs to a place in the batch and lives on: the next batch begins at that of the last one, which then is a random start. Over
-m steps a sample meets m - 1 steps of PGD, of which each costs nothing beyond plain training's; with as many steps in all, every sample is
-seen in a 1/m of them. That the batches come m times is the trainer's business (`Recipe.replays`, which the scripts set for this method),
-and an error where nobody sees to it. Source: Shafahi, Najibi, Ghiasi, Xu, Dickerson, Studer, Davis, Taylor, Goldstein, "Adversarial Training
-for Free!", NeurIPS 2019, algorithm 1.
+m steps a sample meets m - 1 steps of PGD that share the passes of the training (but for the deltas' exchange between devices, and unless
+a link behind searches, or the optimiser asks for another gradient); with as many steps in all, a run sees the data 1/m as often. The
+batches' coming m times is the trainer's business (`Recipe.replays`, which the scripts set for this method), and an error where nobody sees
+to it. A batch's augmentation is the same in all replays; links that mix or erase draw anew in each, so they go behind or are left out, and
+what another method does by epochs happens every N/m samples. x + δ is clipped to the pixel range and the gradient taken there, as in
+`uat`: a δ goes on growing where its pixel is at the edge.
+Source: Shafahi, Najibi, Ghiasi, Xu, Dickerson, Studer, Davis, Taylor, Goldstein, "Adversarial Training for Free!", NeurIPS 2019,
+algorithm 1.
 """
 
 import jax
@@ -22,7 +26,7 @@ from perturbjax.projection import Norm
 
 @method(
     target="feature", direction=(+1,), inference="adversarial", granularity="sample",
-    cite="Shafahi et al., NeurIPS 2019", off=dict(bound=0.0),
+    cite="Shafahi et al., NeurIPS 2019", off=dict(bound=0.0), asks=lambda settings: {"replays": settings["replays"]},
 )  # fmt: skip
 def free_at(
     *,

@@ -92,6 +92,7 @@ def mixed_uat(
             value_range=span, axis_name=context.axis_name,
         )  # fmt: skip
         state = PersistentDelta(after.astype(jnp.float32), jnp.ones([], bool))
-        return flow._replace(value=base + delta), state, {"inner_evaluations": jnp.int32(num_steps + universal_steps)}
+        evaluations = num_steps + universal_steps - (not random_starts)  # both searches begin at x + δ*: one pass
+        return flow._replace(value=base + delta), state, {"inner_evaluations": jnp.int32(evaluations)}
 
     return Perturbation(site, init, apply, search=True)

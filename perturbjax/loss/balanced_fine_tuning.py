@@ -25,6 +25,9 @@ FORMS = ("weights", "samples")
 @method(
     target="loss", direction=(+1, -1), inference="prior", granularity="category",
     cite="Cui et al., CVPR 2018", off=None, alias="cbft",
+    asks=lambda settings: (
+        {"fine_tuning": {"start": settings["start"], "rate": settings["rate"]}} if settings["form"] == "samples" else {}
+    ),
 )  # fmt: skip
 def balanced_fine_tuning(
     *, form: Literal["weights", "samples"] = "weights", start: ArrayLike = 0.9, rate: ArrayLike = 0.1

@@ -55,6 +55,11 @@ def unit_tree(tree: Any, epsilon: ArrayLike = 0.0) -> Any:
     return jax.tree.map(lambda x: (wide(x) / safe(norm, epsilon).astype(wide(x).dtype)).astype(x.dtype), tree)
 
 
+def weighted(params: Any, grads: Any) -> Any:
+    """|w| ⊙ g, leaf by leaf, in the gradients' types."""
+    return jax.tree.map(lambda w, g: jnp.abs(w).astype(g.dtype) * g, params, grads)
+
+
 def move(params: Any, direction: Any, radius: Any = 1.0) -> Any:
     """params + radius · direction, leaf by leaf; the sum is taken in at least float32 and rounded to the parameters' types."""
 

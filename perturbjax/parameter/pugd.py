@@ -8,19 +8,18 @@ within Unit Space for Deep Learning", IJCNN 2022; RTS draft, eqs. 1–3.
 """
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.method import method
-from perturbjax.parameter.ascent import AscentState, move, require, to_climb, unit_tree, widen
+from perturbjax.parameter.ascent import AscentState, move, require, to_climb, unit_tree, weighted, widen
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
 
 def pugd_ascent(params: optax.Params, grads: optax.Updates, *, epsilon: ArrayLike = 0.0) -> optax.Updates:
     """ε̂ = |w| ⊙ g/(‖|w| ⊙ g‖ + epsilon), of length 1 over all parameters; zero where w or g is zero."""
-    return unit_tree(jax.tree.map(lambda w, g: jnp.abs(w).astype(g.dtype) * g, params, grads), epsilon)
+    return unit_tree(weighted(params, grads), epsilon)
 
 
 @method(

@@ -16,8 +16,7 @@ import optax
 
 from perturbjax.checks import check_choice
 from perturbjax.method import method
-from perturbjax.parameter.ascent import move, require, to_climb, unit_tree, widen
-from perturbjax.parameter.pugd import pugd_ascent
+from perturbjax.parameter.ascent import move, require, to_climb, unit_tree, weighted, widen
 from perturbjax.parameter.timing import Place, Setting, Timing, always, at, check_setting, never
 
 ASCENTS = ("weighted", "gradient")
@@ -38,7 +37,7 @@ def rts_ascent(
     check_choice("rts_ascent", "ascent", ascent, ASCENTS)
     if ascent == "gradient":
         return unit_tree(grads)
-    return pugd_ascent(params, grads)
+    return unit_tree(weighted(params, grads))
 
 
 def rts_direction(above: optax.Updates, grads: optax.Updates, *, scale: jax.typing.ArrayLike) -> optax.Updates:

@@ -50,6 +50,14 @@ def same_arrays(datasets: Sequence[Dataset]) -> bool:
     return all(getattr(d, name) is getattr(first, name) for d in datasets for name in names)
 
 
+def order_of(recipe: Recipe, labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """[steps, B]: the samples of each batch that a run with this seed takes in an epoch. labels: [N] of the training set."""
+    if recipe.fine_tuning is not None and epoch >= recipe.fine_tuning.first_epoch(recipe.epochs):
+        return balanced_order(labels, recipe.batch_size, seed, epoch)
+    draw = functools.partial(epoch_order, recipe.num_examples, recipe.batch_size, seed)
+    return replayed_order(draw, recipe.steps_per_epoch, recipe.replays, epoch)
+
+
 @dataclasses.dataclass(frozen=True)
 class Feed:
     """Batches of one run (`stacked` False), or of several runs side by side, for `compiled_step`.
@@ -106,14 +114,8 @@ class Feed:
 
     def _order(self, epoch: int) -> np.ndarray:
         """[(S,) steps, B]: the samples of each batch of an epoch."""
-        recipe, orders = self.recipe, []
-        balanced = recipe.fine_tuning is not None and epoch >= recipe.fine_tuning.first_epoch(recipe.epochs)
-        for dataset, seed in zip(self.datasets, self.seeds, strict=True):
-            if balanced:
-                draw = functools.partial(balanced_order, dataset.train_labels, recipe.batch_size, seed)
-            else:
-                draw = functools.partial(epoch_order, recipe.num_examples, recipe.batch_size, seed)
-            orders.append(replayed_order(draw, recipe.replays, epoch))
+        pairs = zip(self.datasets, self.seeds, strict=True)
+        orders = [order_of(self.recipe, dataset.train_labels, seed, epoch) for dataset, seed in pairs]
         return np.stack(orders) if self.stacked else orders[0]
 
     def _call(self, first: int, rows: np.ndarray, ends_epoch: bool) -> Call:

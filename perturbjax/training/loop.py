@@ -473,20 +473,27 @@ def training_losses(
 ):
     """(plain losses, perturbed losses, labels) of up to `batches` training batches at this state; None for an empty chain.
 
-    The perturbed ones are what the training step sees: one step at a time on copies of the state, on one device, which is the program
-    that is there already unless the training had several devices, seeds side by side, or several steps in a call.
+    The perturbed ones are what the training step sees, at the last of its replays: one step at a time on copies of the state, on one
+    device, which is the program that is there already unless the training had several devices, seeds side by side, or several steps in a
+    call.
     """
     if not split_methods(recipe.build(numbers["method"]))[0]:
         return None
     # The plain pass does not depend on the method: one program for all methods of a comparison.
-    plain = compiled_plain_losses(dataclasses.replace(recipe, build=_no_methods))
+    once = dataclasses.replace(recipe, replays=1, fine_tuning=None)
+    plain = compiled_plain_losses(dataclasses.replace(once, build=_no_methods))
     step, on_device = compiled_step(recipe), as_arrays(numbers)
-    feed = Feed(recipe, [dataset], [seed], Devices(), 1, streamed, False)
+    feed = Feed(once, [dataset], [seed], Devices(), 1, streamed, False)
     data, clean, perturbed, labels = feed.data(), [], [], []
     for call in itertools.islice(feed.calls(0), min(batches, recipe.steps_per_epoch)):
         rows, images = call.index[0], None if call.images is None else call.images[0]
         clean.append(np.asarray(plain(state, data, rows, images)))
-        perturbed.append(np.asarray(step(jax.tree.map(jnp.copy, state), on_device, data, call.index, call.images)[2][0]))
+        states = state.states
+        for _ in range(recipe.replays):
+            own = jax.tree.map(jnp.copy, state._replace(states=states))
+            after, _, losses = step(own, on_device, data, call.index, call.images)
+            states = after.states
+        perturbed.append(np.asarray(losses[0]))
         labels.append(dataset.train_labels[np.asarray(rows)])
     return np.concatenate(clean), np.concatenate(perturbed), np.concatenate(labels)
 

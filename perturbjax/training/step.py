@@ -61,7 +61,8 @@ class Recipe:
     fine_tuning: FineTuning | None = None
     """The last part on class-balanced batches, at a smaller learning rate; None: none."""
     replays: int = 1
-    """How often each batch, augmented once, is taken in a row. An epoch has as many steps as ever, hence fewer samples."""
+    """m, how often each batch, augmented once, is taken in a row, for free adversarial training. An epoch has as many steps as ever, hence
+    N/m samples, also for methods that do something every epoch; `accumulate` then averages over replays, too."""
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -215,6 +216,11 @@ def check_recipe(recipe: Recipe) -> None:
     if not 1 <= recipe.replays <= recipe.total_steps:
         raise ValueError(
             f"Recipe needs 1 <= replays <= {recipe.total_steps} (the run's steps), got {recipe.replays}. Write replays=1."
+        )
+    if recipe.replays > 1 and recipe.fine_tuning is not None:
+        raise ValueError(
+            "Recipe needs replays=1 for class-balanced fine-tuning, whose batches are balanced over an epoch of all of them, got "
+            f"{recipe.replays}. Leave one of them out, or write balanced_fine_tuning(form='weights')."
         )
     recipe.schedule.factor(recipe.steps_per_epoch, recipe.total_steps)  # milestones beyond the run
 

@@ -174,8 +174,23 @@ def test_on_the_command_line_the_rank_is_structure():
 
 def test_the_span_is_that_of_the_first_gradient():
     one, two = np.random.default_rng(0).normal(size=(2, C, 6, 4)).astype(np.float32)
-    span = first_span(1)
+    span = first_span(1, C)
     np.testing.assert_allclose(span(jnp.asarray(one)), truncated(one, 1), atol=1e-4)
     v = np.linalg.svd(one)[2][:, :1]  # [C, 1, D]
     np.testing.assert_allclose(span(jnp.asarray(two)), two @ np.swapaxes(v, 1, 2) @ v, atol=1e-4)
-    assert first_span(None) is None
+    assert first_span(None, C) is None
+
+
+def test_only_classes_of_the_batch_are_decomposed():
+    """Of 50 classes 3 are there: the same span as of all of them, from decompositions of 4 matrices."""
+    g = np.zeros((50, 6, 4), np.float32)
+    g[[3, 17, 42]] = np.random.default_rng(0).normal(size=(3, 6, 4))
+    few = lambda g: lpa_rank.batch_vectors(g, 2, 4)
+    found, all_of_them = few(jnp.asarray(g)), right_vectors(jnp.asarray(g), 2)
+    np.testing.assert_allclose(_projection(found), _projection(all_of_them), atol=1e-5)
+    assert "f32[4,4,4]" in str(jax.make_jaxpr(few)(g)) and "f32[50,4,4]" not in str(jax.make_jaxpr(few)(g))
+    np.testing.assert_array_equal(lpa_rank.batch_vectors(jnp.asarray(g), 2, 50), all_of_them)
+
+
+def _projection(v):
+    return np.asarray(v) @ np.swapaxes(np.asarray(v), 1, 2)

@@ -129,7 +129,7 @@ def test_c_uat_over_domains_and_manifold_mixup_run(data, tmp_path):
     entries = found(tmp_path)["methods"]
     uat, mixup = (entries[typed]["runs"][0]["curve"] for typed in methods)
     assert uat["step"] == mixup["step"] == [2, 4] and np.isfinite([uat["loss"], mixup["loss"]]).all()
-    assert uat["metrics"] == {"cuat/inner_evaluations": [1, 1]} and mixup["metrics"] == {}
+    assert uat["metrics"] == {"cuat/inner_evaluations": [0, 0]} and mixup["metrics"] == {}
 
 
 def test_the_metrics_of_methods_are_in_the_curve(data, tmp_path, capsys):
@@ -284,11 +284,13 @@ def test_data_without_domains():
         domains.main(["--data", "digits", "--methods", "erm", *QUICK])
 
 
-def test_a_class_that_a_domain_lacks_is_told(tmp_path, capsys):
+def test_a_class_that_a_domain_lacks_is_an_error_or_a_note(tmp_path, capsys):
     file = write(tmp_path / "TINY.npz", keep=lambda y, d: (y != 2) | (d != 1))
-    domains.main(
-        ["--data", file, "--methods", "erm", *QUICK, "--seeds", "1", "--held-out", "art", "--out", str(tmp_path / "out")]
-    )
+    flags = ["--data", file, "--methods", "erm", *QUICK, "--seeds", "1", "--held-out", "art", "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="The domain 'photo' has no samples of 'z'. Write --missing-classes True to go on"):
+        domains.main(flags)
+    assert not (tmp_path / "out").exists()
+    domains.main([*flags, "--missing-classes", "True"])
     assert "note: The domain 'photo' has no samples of 'z'." in capsys.readouterr().out
 
 

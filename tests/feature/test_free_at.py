@@ -1,5 +1,6 @@
 """perturbjax.feature.free_at: algorithm 1 of its paper in numpy, replayed batches in the trainer, the cost, the messages."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 
 import perturbjax as pj
-from experiments import shared
+from experiments import audit, shared
 from experiments.leaveout import plan
+from perturbjax.analysis.activation_view import activation_variations
+from perturbjax.analysis.gradient_view import gradient_variations
 from perturbjax.data import Augmentation, epoch_order
 from perturbjax.models import create
-from perturbjax.training import Devices, Options, fit
+from perturbjax.training import Devices, FineTuning, Options, Run, RunFolder, fit, fit_many
 from perturbjax.training.feed import Feed
 from perturbjax.training.step import as_arrays, compiled_step, device_data, draw_batch, init_state
 from tests.feature.problem import B, C, H, W, images, log_softmax, model, onehot, slope_of, weights
@@ -113,6 +116,67 @@ def test_the_deltas_are_free():
     assert flops(free, replays=REPLAYS) < 1.3 * flops(plain)
 
 
+@pytest.mark.optax_promotes  # schedules
+def test_runs_that_are_interrupted_between_replays_streamed_or_side_by_side_are_the_same(tmp_path):
+    r = recipe(free, epochs=4, replays=REPLAYS, augmentation=Augmentation(pad=2, flip=True))
+    whole = fit(r, dataset(), NUMBERS, 0)
+    streamed = fit(r, dataset(), NUMBERS, 0, options=Options(stream=True))
+    folder = tmp_path / "run"
+    with RunFolder(folder) as kept, pytest.raises(KeyboardInterrupt):
+        fit(r, dataset(), NUMBERS, 0, folder=kept, on_epoch=stop_after(2), options=Options(checkpoint_seconds=0.0))
+    with RunFolder(folder) as kept:
+        resumed = fit(r, dataset(), NUMBERS, 0, folder=kept, options=Options(say=lambda text: None))
+    end = lambda history: (history.state.params, history.state.states, history.loss)
+    for other in (streamed, resumed):
+        jax.tree.map(np.testing.assert_array_equal, end(other), end(whole))
+    both = fit_many(r, [Run(dataset(), NUMBERS, seed) for seed in (0, 1)])
+    np.testing.assert_allclose(both[0].state.states[0].delta, whole.state.states[0].delta, atol=1e-5)
+
+
+def stop_after(epochs):
+    """Ends a run as Ctrl-C would."""
+
+    def on_epoch(epoch, found):
+        if epoch + 1 == epochs:  # six steps: in the middle of the second batch's replays
+            raise KeyboardInterrupt
+
+    return on_epoch
+
+
+@pytest.mark.optax_promotes  # schedules
+def test_the_losses_of_a_finished_run_are_of_different_batches_at_their_last_replay():
+    r = recipe(free, epochs=4, replays=REPLAYS)
+    history = fit(r, dataset(), NUMBERS, 0)
+    clean, perturbed, labels = history.losses
+    assert sorted(labels) == sorted(dataset().train_labels)  # an epoch of all samples
+    state, rows = history.state, epoch_order(48, 16, seed=0, epoch=0)[0]
+    made = pj.objective(r.model, free({}), num_classes=3, replays=REPLAYS)
+    batch, states = pj.batch(dataset().train_images[rows] / np.float32(255), labels[:16]), state.states
+    for _ in range(REPLAYS):
+        _, out = made(state.params, states, batch, stats=state.stats)
+        states = out.states
+    np.testing.assert_allclose(perturbed[:16], out.losses, rtol=1e-4, atol=1e-5)
+    assert perturbed.mean() > clean.mean()
+
+
+def test_views_of_gradients_and_activations_take_batches_as_often():
+    x, y = BATCHES[0]
+    net, w = {"stage1": lambda w, x: x.reshape(len(x), -1), "logits": lambda w, a: a @ w}, jnp.float32(weights())
+    link = pj.free_at(bound=BOUND, replays=3)
+    place = dict(num_classes=C, batch_size=4, replays=3)
+    moved = activation_variations(link, net, w, np.float32(x), y, site="stage1", **place)
+    turned = gradient_variations(link, net, w, np.float32(x), y, **place)
+    assert (moved.relative > 0.05).all() and (turned.relative > 0.05).all()
+
+
+def test_an_audit_knows_which_samples_a_training_leaves_out():
+    """Three batches an epoch, four replays: the third one comes in the third epoch."""
+    for epochs, message in ((2, "leave 16 of 48 out. Write --epochs 6"), (3, None)):
+        r = recipe(free, epochs=epochs, replays=REPLAYS)
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            audit.check_all_seen(audit.AuditSettings(), r, dataset().train_labels)
+
+
 def test_its_name_on_the_command_line_asks_the_trainer():
     found = shared.parse_methods("ce, at, la+free_at, free_at(replays=4)")
     assert [method.replays for method, _ in found.values()] == [1, 1, 8, 4]
@@ -129,6 +193,8 @@ def test_errors_say_what_to_write():
         fit(recipe(free), dataset(), NUMBERS, 0)
     with pytest.raises(ValueError, match=r"Recipe needs 1 <= replays <= 6 \(the run's steps\), got 7"):
         fit(recipe(plain, replays=7), dataset(), NUMBERS, 0)
+    with pytest.raises(ValueError, match="Recipe needs replays=1 for class-balanced fine-tuning"):
+        fit(recipe(plain, replays=2, fine_tuning=FineTuning(0.5)), dataset(), NUMBERS, 0)
     with pytest.raises(ValueError, match="objective needs replays >= 1, got 0"):
         pj.objective(model(), (), num_classes=C, replays=0)
     made = pj.objective(model(), pj.free_at(replays=2), num_classes=C, replays=2)

@@ -35,7 +35,7 @@ def test_it_is_the_corpus_delta_and_pgd_from_there(low, high):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
         assert ours.min() >= -1e-6 and ours.max() <= 1 + 1e-6
     np.testing.assert_allclose(state.delta[0], star, atol=1e-6)
-    assert out.metrics["mixed_uat/inner_evaluations"] == 4
+    assert out.metrics["mixed_uat/inner_evaluations"] == 3
 
 
 def test_without_one_of_the_two_it_is_the_other():
