@@ -35,7 +35,7 @@ class DomainsSettings(shared.Settings):
     """Steps between two evaluations (SWAD needs about ten in all, or more); a tenth of the steps if not given."""
     held_out: tuple[str, ...] = ()
     """Domains to leave out in turn; all if not given."""
-    missing_classes: bool = False
+    allow_missing_classes: bool = False
     """Go on with domains that have no samples of some classes, which is an error otherwise."""
     out: str | None = None
     """Folder for domains.json and table.md; runs/domains-DATA-VIEW if not given."""
@@ -136,14 +136,14 @@ def held_out_domains(settings: DomainsSettings, dataset: Dataset) -> list[int]:
 def run_identity(settings: DomainsSettings, dataset: Dataset) -> dict:
     """What all runs of a folder share."""
     whole = shared.identity(settings, dataset) | {"domains": list(dataset.domain_names)}
-    return {name: value for name, value in whole.items() if name not in ("held_out", "missing_classes")}
+    return {name: value for name, value in whole.items() if name not in ("held_out", "allow_missing_classes")}
 
 
 def check_classes(settings: DomainsSettings, dataset: Dataset) -> None:
     """Raises ValueError for a domain that lacks a class, unless the settings allow it."""
-    if (found := missing_classes(dataset)) and not settings.missing_classes:
+    if (found := missing_classes(dataset)) and not settings.allow_missing_classes:
         raise ValueError(
-            f"domains.py needs samples of every class in every domain. {' '.join(found)} Write --missing-classes True to go on without: "
+            f"domains.py needs samples of every class in every domain. {' '.join(found)} Write --allow-missing-classes to go on without: "
             "the domain's own accuracy is then that of its other classes."
         )
 

@@ -257,7 +257,7 @@ def test_a_method_that_diverges_takes_no_other_down(data, tmp_path, capsys):
         ({}, ["--methods", "pcgrad(groups=20)"], r"pcgrad\(groups=20\): pcgrad needs at most 3 groups"),
         ({}, ["--methods", "coral(weight=[1, 2])"], r"coral\(weight=\[1, 2\]\): "),
         ({}, ["--optimizer", "sgd", "--learning-rate", "1e20"], "erm, without art, seed 0: training needs finite losses"),
-        (dict(keep=lambda y, d: (y != 2) | (d == 1)), [], "every class without the domain 'photo', got none of 'z'"),
+        (dict(keep=lambda y, d: (y != 2) | (d == 1)), ["--allow-missing-classes"], "every class without the domain 'photo', got none of 'z'"),
     ],
 )  # fmt: skip
 def test_bad_input(tmp_path, changes, flags, message):
@@ -287,10 +287,10 @@ def test_data_without_domains():
 def test_a_class_that_a_domain_lacks_is_an_error_or_a_note(tmp_path, capsys):
     file = write(tmp_path / "TINY.npz", keep=lambda y, d: (y != 2) | (d != 1))
     flags = ["--data", file, "--methods", "erm", *QUICK, "--seeds", "1", "--held-out", "art", "--out", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="The domain 'photo' has no samples of 'z'. Write --missing-classes True to go on"):
+    with pytest.raises(ValueError, match="The domain 'photo' has no samples of 'z'. Write --allow-missing-classes to go on"):
         domains.main(flags)
     assert not (tmp_path / "out").exists()
-    domains.main([*flags, "--missing-classes", "True"])
+    domains.main([*flags, "--allow-missing-classes"])
     assert "note: The domain 'photo' has no samples of 'z'." in capsys.readouterr().out
 
 
