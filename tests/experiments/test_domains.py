@@ -108,7 +108,8 @@ def test_one_compiled_step_serves_all_left_out_domains_and_seeds(data, tmp_path,
     domains.main(arguments)
     said = capsys.readouterr().out
     assert "12 of 12 runs trained, 2 compiled steps" in said and said.count("weights of steps") == 6
-    assert all(step._cache_size() == max(size, 1) for step, size in zip(steps, before, strict=True))
+    # Not more than one; less if JAX's own cache, which all tests of this process share, has dropped it since.
+    assert all(step._cache_size() <= max(size, 1) for step, size in zip(steps, before, strict=True))
     swad, erm = (found(tmp_path)["methods"][name] for name in ("swad", "erm"))
     for one, other in zip(swad["runs"], erm["runs"], strict=True):
         assert one["sizes"] == {"train": 72, "validation": 18, "test": 36} and one["step"] is None
