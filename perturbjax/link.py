@@ -94,6 +94,10 @@ class Context(NamedTuple):
         """Epochs that are over."""
         return self._told("epoch", "epoch=i // steps_per_epoch, the number of epochs that are over")
 
+    def devices(self) -> int:
+        """Over how many a batch is spread in per-device code; 1 otherwise."""
+        return 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
+
     def features_size(self) -> int:
         """d of the site "features", [B, d]. Raises ValueError for features of another form."""
         shape = self.site_shapes["features"]
@@ -115,8 +119,7 @@ class Context(NamedTuple):
                 f"{self.name or 'this method'} needs the length of an epoch, got none. Pass objective(..., steps_per_epoch=n)."
             )
         assert self.batch_size is not None
-        devices = 1 if self.axis_name is None else int(jax.lax.psum(1, self.axis_name))
-        return max(1, self.num_examples // (self.batch_size * devices))
+        return max(1, self.num_examples // (self.batch_size * self.devices()))
 
     def epoch_begins(self) -> jax.Array:
         """[] bool: whether this is the first step of an epoch. Made of the step alone, hence one for all seeds that are vmapped."""

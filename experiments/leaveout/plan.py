@@ -160,7 +160,10 @@ def recipe_of(settings: DomainsSettings, dataset: Dataset, method: shared.Method
             "Write form=weights."
         )
     if base.replays != 1:
-        raise ValueError("free_at needs a trainer that takes each batch several times, got domains.py. Write at(num_steps=1).")
+        raise ValueError(
+            f"domains.py needs methods that take each batch once, got one that asks for {base.replays} times in a row. For free_at "
+            "write at(num_steps=1)."
+        )
     domains = len(dataset.domain_names) - 1
     average = 0.8 * len(dataset.train_labels) * domains / (domains + 1)
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}

@@ -119,15 +119,13 @@ def lpa(
         def eps(losses, end: Flow):
             return radius(scaled, default=DEFAULT_BOUND, split=split, state=after(end), context=context, site=context.site)
 
-        devices = 1 if context.axis_name is None else jax.lax.axis_size(context.axis_name)
+        k = rank_at(rank, flow.value.shape[1:], context.num_classes, str(context.site))
         rate = step_size if step_size is not None else lambda losses, end: 2 * eps(losses, end) / num_steps
         delta, search = pgd(
             rest.flow, flow.value, flow.labels, context.num_classes, has_aux=True,
             direction=lambda losses, end: split.direction(after(end), context), step_size=rate, num_steps=num_steps,
             bound=eps if project else jnp.inf, step=step, axis_name=context.axis_name,
-            transform=first_span(
-                rank_at(rank, flow.value.shape[1:], context.num_classes, str(context.site)), flow.labels.shape[0] * devices
-            ),
+            transform=first_span(k, flow.labels.shape[0] * context.devices()),
         )  # fmt: skip
         state = after(search.aux)
         signs = split.direction(state, context)

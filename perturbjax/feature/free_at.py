@@ -77,10 +77,10 @@ def free_at(
 def places(flow: Flow, context: Context, number: int) -> jax.Array:
     """[B] int32: each sample's place in the batch of all devices, of which there are `number`."""
     count, axis = flow.labels.shape[0], context.axis_name
-    devices, device = (1, 0) if axis is None else (jax.lax.axis_size(axis), jax.lax.axis_index(axis))
-    if count * devices != number:
+    device = 0 if axis is None else jax.lax.axis_index(axis)
+    if count * context.devices() != number:
         raise ValueError(
-            f"free_at needs the number of samples that its deltas were made for, {number}, got {count * devices}. Call init with a whole "
+            f"free_at needs the number of samples that its deltas were made for, {number}, got {count * context.devices()}. Call init with a whole "
             "batch, that of all devices, drop the last partial one, and put links that add samples behind."
         )
     return jnp.int32(device) * count + jnp.arange(count, dtype=jnp.int32)
