@@ -95,6 +95,7 @@ from perturbjax.loss.self_paced import loss_quantile, self_paced, self_paced_los
 from perturbjax.loss.svm import margins, slack, svm
 from perturbjax.loss.teacher import Teacher, load_teacher
 from perturbjax.method import Coordinates, method
+from perturbjax.optimizer_check import check_optimizer
 from perturbjax.parameter.amp import amp, amp_project
 from perturbjax.parameter.asam import asam, asam_ascent
 from perturbjax.parameter.esam import esam, esam_ascent, esam_weights

@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from perturbjax.link import Perturbation
+from perturbjax.optimizer_link import GRADIENTS as GRADIENT_KINDS
+from perturbjax.optimizer_link import Gradient
+from perturbjax.optimizer_link import named as named_link
 
 
 class Coordinates(NamedTuple):
@@ -32,6 +35,7 @@ def method(
     alias: str | None = None,
     resolve_structure: Callable[[dict], dict] | None = None,
     asks: Callable[[dict], dict] | None = None,
+    gradient: Gradient | None = None,
 ) -> Callable[[Callable], Callable]:
     """Registers a factory: gives it its coordinates, which the table, the command line and the contract tests read.
 
@@ -44,6 +48,8 @@ def method(
         callers that trace the numbers afterwards.
       asks: settings -> what a link can't do and the trainer does for it: {"replays": m}, every batch m times in a row, or
         {"fine_tuning": {"start": ..., "rate": ...}}, class-balanced batches in the last part.
+      gradient: of an optax link, what it does with the gradient that it is given: "keeps", "transforms", or "replaces" it by gradients
+        that it asks `grad_fn` for. Nothing may change the gradient before a link that replaces it. None: found out by watching it.
     """
     tuple_of = lambda x: (x,) if isinstance(x, str) else tuple(x)
     coordinates = Coordinates(tuple_of(target), tuple(direction), inference, tuple_of(granularity))
@@ -52,14 +58,17 @@ def method(
     ]:
         if value not in known:
             raise ValueError(f"method needs coordinates out of {known}, got {value!r}.")
+    if gradient is not None and gradient not in GRADIENT_KINDS:
+        raise ValueError(f"method needs gradient out of {GRADIENT_KINDS}, got {gradient!r}. Write gradient='transforms'.")
 
     def wrap(factory: Callable) -> Callable:
         @functools.wraps(factory)
         def named(**settings):
-            return _named(factory(**settings), factory.__name__)
+            return _named(factory(**settings), factory.__name__, gradient)
 
         make: Any = named
         make.coordinates, make.cite, make.off, make.alias = coordinates, cite, off, alias
+        make.gradient = gradient
         make.asks = asks or (lambda settings: {})
         if resolve_structure is not None:
             make.resolve_structure = resolve_structure
@@ -68,9 +77,11 @@ def method(
     return wrap
 
 
-def _named(made: Any, name: str) -> Any:
+def _named(made: Any, name: str, gradient: Gradient | None) -> Any:
     if isinstance(made, Perturbation):
         return made._replace(name=name)
+    if hasattr(made, "update"):
+        return named_link(made, name, gradient)
     if type(made) is tuple:
-        return tuple(_named(link, name) for link in made)
+        return tuple(_named(link, name, gradient) for link in made)
     return made

@@ -15,7 +15,7 @@ from perturbjax.method import method
 
 @method(
     target="gradient", direction=(-1,), inference="prior", granularity="corpus",
-    cite="Pascanu et al., ICML 2013", off=dict(bound=jnp.inf), alias="clip",
+    cite="Pascanu et al., ICML 2013", gradient="transforms", off=dict(bound=jnp.inf), alias="clip",
 )  # fmt: skip
 def gradient_clipping(*, bound: ArrayLike = 1.0) -> optax.GradientTransformation:
     """An optax link: the gradient's global l2 norm is at most `bound` (τ); inf leaves it alone."""

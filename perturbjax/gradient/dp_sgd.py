@@ -40,7 +40,7 @@ def clipped(gradient: Any, bound: ArrayLike) -> Any:
 
 @method(
     target="gradient", direction=(-1,), inference="prior", granularity="sample",
-    cite="Abadi et al., CCS 2016", off=None,
+    cite="Abadi et al., CCS 2016", gradient="replaces", off=None,
 )  # fmt: skip
 def dp_sgd(
     *, bound: ArrayLike = 1.0, noise_multiplier: ArrayLike = 1.0, chunk: int | None = None

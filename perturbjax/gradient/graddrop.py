@@ -68,7 +68,7 @@ def dropped(gradients: Any, key: jax.Array, leak: ArrayLike) -> Any:
 
 @method(
     target="gradient", direction=(), inference="prior", granularity="category",
-    cite="Chen et al., NeurIPS 2020", off=dict(leak=1.0),
+    cite="Chen et al., NeurIPS 2020", gradient="replaces", off=dict(leak=1.0),
 )  # fmt: skip
 def graddrop(
     *, groups: Groups = "classes", leak: ArrayLike = 0.0, chunk: int | None = None
@@ -80,7 +80,7 @@ def graddrop(
       leak: share of the dropped gradients that passes after all, in [0, 1]; 1 is plain training.
       chunk: so many gradients at a time, for memory; None: all.
 
-    `update` takes what `pcgrad`'s does (`each=True`, too), and like it adds only what it changes to the gradient that it is given.
+    `update` takes what `pcgrad`'s does (`each=True`, too), and like it adds only what it changes to the gradient that it is given: put it first.
     """
     check_groups("graddrop", groups)
     check_number("graddrop", low=0, high=1, leak=leak)

@@ -18,6 +18,7 @@ from perturbjax.checks import check_labels, check_number
 from perturbjax.classes import AxisName, wide
 from perturbjax.gradient.lpg import lpg
 from perturbjax.link import Context, Flow, Rest, Where
+from perturbjax.optimizer_link import named
 
 
 def lpg_updates(
@@ -94,7 +95,7 @@ def lpg_updates(
         flow, state, _ = link.apply(flow, _NO_REST, state, now)
         return grads(flow.value), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return named(optax.GradientTransformationExtraArgs(init, update), "lpg_updates", "replaces")
 
 
 _NO_REST = Rest(lambda value, key, other: (None, None))  # the losses don't depend on their own gradient

@@ -25,7 +25,7 @@ class GradientNoiseState(NamedTuple):
 
 @method(
     target="gradient", direction=(), inference="prior", granularity="corpus",
-    cite="Neelakantan et al., 2015", off=dict(eta=0.0), alias="noise",
+    cite="Neelakantan et al., 2015", gradient="transforms", off=dict(eta=0.0), alias="noise",
 )  # fmt: skip
 def gradient_noise(*, eta: ArrayLike = 0.01, gamma: ArrayLike = 0.55) -> optax.GradientTransformationExtraArgs:
     """An optax link that adds noise of variance η/(1 + t)^γ with η = `eta` (the paper tries 0.01, 0.3 and 1) and γ = `gamma`.

@@ -17,7 +17,7 @@ from perturbjax.parameter.ascent import unit_tree
 
 @method(
     target="gradient", direction=(), inference="prior", granularity="corpus",
-    cite="Murray et al., IEEE TAC 2019", off=None,
+    cite="Murray et al., IEEE TAC 2019", gradient="transforms", off=None,
 )  # fmt: skip
 def ngd(*, epsilon: ArrayLike = 0.0) -> optax.GradientTransformation:
     """An optax link: the gradient over its norm, one norm for all parameters; `epsilon` is added to the norm."""

@@ -79,7 +79,7 @@ def random_orders(key: jax.Array, number: int) -> jax.Array:
 
 @method(
     target="gradient", direction=(), inference="prior", granularity="category",
-    cite="Yu et al., NeurIPS 2020", off=dict(groups=1),
+    cite="Yu et al., NeurIPS 2020", gradient="replaces", off=dict(groups=1),
 )  # fmt: skip
 def pcgrad(
     *, groups: Groups = "classes", reduction: Literal["sum", "mean"] = "sum", chunk: int | None = None
@@ -94,9 +94,9 @@ def pcgrad(
       chunk: so many gradients at a time, for memory; None: all.
 
     `update` takes `grad_fn=` (parameters, weights=[B] -> the gradient of the weighted loss, averaged over devices), `key=`, and
-    `labels=` with `num_classes=` or `side=` with `num_domains=`. What links before it made of the gradient is kept: the link adds
-    what surgery changes, nothing where no two groups conflict. With `each=True` it returns these changes themselves, [G, ...], a row
-    a group. BatchNorm's statistics are those of the whole batch.
+    `labels=` with `num_classes=` or `side=` with `num_domains=`. Put it first: to the gradient that it is given it adds what surgery
+    changes in the batch's own, nothing where no two groups conflict. With `each=True` it returns these changes themselves, [G, ...],
+    a row a group. BatchNorm's statistics are those of the whole batch.
     """
     check_groups("pcgrad", groups)
     check_choice("pcgrad", "reduction", reduction, ("sum", "mean"))

@@ -38,7 +38,7 @@ def amp_project(delta: optax.Updates, *, radius: ArrayLike, norm: Literal["globa
 
 @method(
     target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
-    cite="Zheng et al., CVPR 2021", off=dict(radius=0.0),
+    cite="Zheng et al., CVPR 2021", gradient="replaces", off=dict(radius=0.0),
 )  # fmt: skip
 def amp(
     *,

@@ -54,7 +54,7 @@ def asam_ascent(
 
 @method(
     target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
-    cite="Kwon et al., ICML 2021", off=dict(radius=0.0),
+    cite="Kwon et al., ICML 2021", gradient="replaces", off=dict(radius=0.0),
 )  # fmt: skip
 def asam(
     *,

@@ -48,7 +48,7 @@ def esam_weights(rise: jax.Array, *, gamma: ArrayLike = 0.5, axis_name: AxisName
 
 @method(
     target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
-    cite="Du et al., ICLR 2022", off=dict(radius=0.0, gamma=1.0),
+    cite="Du et al., ICLR 2022", gradient="replaces", off=dict(radius=0.0, gamma=1.0),
 )  # fmt: skip
 def esam(
     *, radius: Setting = 0.05, beta: ArrayLike = 0.5, gamma: ArrayLike = 0.5, sync_perturbation: bool = True

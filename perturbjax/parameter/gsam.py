@@ -29,7 +29,7 @@ def gsam_direction(perturbed: optax.Updates, grads: optax.Updates, *, alpha: Arr
 
 @method(
     target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
-    cite="Zhuang et al., ICLR 2022", off=dict(radius=0.0, alpha=0.0),
+    cite="Zhuang et al., ICLR 2022", gradient="replaces", off=dict(radius=0.0, alpha=0.0),
 )  # fmt: skip
 def gsam(
     *, radius: Setting = 0.05, alpha: ArrayLike = 0.4, sync_perturbation: bool = True

@@ -42,7 +42,7 @@ def looksam_reuse(grads: optax.Updates, across: optax.Updates, *, alpha: ArrayLi
 
 @method(
     target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
-    cite="Liu et al., CVPR 2022", off=dict(radius=0.0, alpha=0.0),
+    cite="Liu et al., CVPR 2022", gradient="replaces", off=dict(radius=0.0, alpha=0.0),
 )  # fmt: skip
 def looksam(
     *, radius: Setting = 0.05, every: int = 5, alpha: ArrayLike = 0.7, sync_perturbation: bool = True

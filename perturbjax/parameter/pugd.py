@@ -24,7 +24,7 @@ def pugd_ascent(params: optax.Params, grads: optax.Updates, *, epsilon: ArrayLik
 
 @method(
     target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
-    cite="Tseng et al., IJCNN 2022", off=None,
+    cite="Tseng et al., IJCNN 2022", gradient="replaces", off=None,
 )  # fmt: skip
 def pugd(
     *, radius: Setting = 1.0, epsilon: ArrayLike = 0.0, sync_perturbation: bool = True

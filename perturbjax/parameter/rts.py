@@ -48,7 +48,7 @@ def rts_direction(above: optax.Updates, grads: optax.Updates, *, scale: jax.typi
 
 @method(
     target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
-    cite="RTS draft", off=dict(timing=never()),
+    cite="RTS draft", gradient="replaces", off=dict(timing=never()),
 )  # fmt: skip
 def rts(
     *,

@@ -41,7 +41,7 @@ def sam_ascent(grads: optax.Updates, *, radius: ArrayLike, p: ArrayLike = 2.0, e
 
 @method(
     target="parameter", direction=(+1,), inference="adversarial", granularity="corpus",
-    cite="Foret et al., ICLR 2021", off=dict(radius=0.0),
+    cite="Foret et al., ICLR 2021", gradient="replaces", off=dict(radius=0.0),
     resolve_structure=lambda settings: dict(p=settings["p"]),  # the l2 norm has a program of its own
 )  # fmt: skip
 def sam(

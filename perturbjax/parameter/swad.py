@@ -66,7 +66,7 @@ class SWADState(NamedTuple):
 
 @method(
     target="parameter", direction=(), inference="prior", granularity="corpus",
-    cite="Cha et al., NeurIPS 2021", off=None,
+    cite="Cha et al., NeurIPS 2021", gradient="keeps", off=None,
 )  # fmt: skip
 def swad() -> optax.GradientTransformationExtraArgs:
     """An optax link that changes no update: it adds up the weights of an interval, for `swad_interval`.

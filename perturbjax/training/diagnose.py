@@ -159,5 +159,5 @@ def largest(tree: Any) -> tuple[str, float]:
 
 
 def link_name(link: Any) -> str:
-    """The factory that made an optax link: the outer function of its update."""
-    return getattr(link.update, "__qualname__", "a link").split(".")[0]
+    """What a link of the optimiser is called: a method's name, or of optax's own the factory, the outer function of its update."""
+    return getattr(link, "name", None) or getattr(link.update, "__qualname__", "a link").split(".")[0]

@@ -21,6 +21,7 @@ from perturbjax.core import Batch, Objective, objective
 from perturbjax.data import Augmentation, Dataset
 from perturbjax.frozen import check_frozen, join_params, split_params
 from perturbjax.models.blocks import KEEP_REMAT
+from perturbjax.optimizer_check import check_links
 from perturbjax.training.devices import AXIS, Devices
 from perturbjax.training.schedule import FineTuning, Schedule
 
@@ -168,21 +169,10 @@ def accumulated(tx: optax.GradientTransformation, batches: int) -> optax.Gradien
 
     def init(params):
         state = steps.init(params)
-        check_accumulation(state)
+        check_links(steps, params, state)
         return state
 
     return optax.GradientTransformationExtraArgs(init, steps.update)
-
-
-def check_accumulation(opt_state: optax.OptState) -> None:
-    """Raises ValueError if an optax.MultiSteps in there holds a link that asks for gradients itself."""
-    is_multi = lambda x: isinstance(x, optax.MultiStepsState)
-    for state in filter(is_multi, jax.tree.leaves(opt_state, is_leaf=is_multi)):
-        if optax.tree_utils.tree_get_all_with_path(state.inner_opt_state, "evaluations"):
-            raise ValueError(
-                "MultiSteps needs links that ask for gradients themselves (SAM, PUGD) before it, got one inside, where it would see "
-                "the last batch only. Write optax.chain(pj.sam(), optax.MultiSteps(optax.sgd(0.1), 4))."
-            )
 
 
 def build(
@@ -241,7 +231,10 @@ def init_state(recipe: Recipe, numbers: dict, data: DeviceData, seed: int) -> Tr
     # Every leaf gets a buffer of its own (a method's init may use one array twice): the step donates them.
     trained, _ = split_params(params, recipe.frozen)
     opt_state, states = jax.tree.map(jnp.array, (tx.init(trained), made.init(params, like, stats=stats)))
-    check_accumulation(opt_state)
+    if split_methods(recipe.build(numbers["method"]))[1]:
+        rows = jnp.zeros([recipe.batch_size], jnp.int32)
+        told = dict(labels=rows, side={"domain": rows}, num_classes=recipe.num_classes, num_domains=recipe.num_domains)
+        check_links(tx, trained, opt_state, **told)
     return TrainState(params, stats, opt_state, states, jnp.int32(0), run_key)
 
 

@@ -27,7 +27,7 @@ EXTRA = {
     "looksam": (lambda: pj.looksam(every=3), 2 / 6),
     "rts": (pj.rts, 1), "never": (lambda: pj.rts(timing=pj.never()), 0),
     "every": (lambda: pj.rts(timing=pj.every(2)), 0.5), "last": (lambda: pj.rts(timing=pj.last(1 / 3)), 2 / 6),
-    "two links": (lambda: (pj.sam(), pj.rts(timing=pj.every(3))), 1 + 2 / 6),
+    "two links": (lambda: (pj.sam(), pj.ngd()), 1),
 }  # fmt: skip
 
 

@@ -182,7 +182,7 @@ def test_accumulation_scales_the_schedule_with_the_batches():
 
 def test_links_that_ask_for_gradients_stand_before_the_accumulation():
     params = {"w": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r"one inside, where it would see the last batch only. Write optax.chain\(pj.sam"):
+    with pytest.raises(ValueError, match=r"sam inside, where it would see the last batch only. Write optax.chain\(pj.sam"):
         accumulated(optax.chain(pj.sam(), optax.sgd(0.1)), 4).init(params)
     optax.chain(pj.sam(), accumulated(optax.sgd(0.1), 4)).init(params)
     inside = recipe(lambda n: (optax.MultiSteps(optax.chain(pj.sam(), optax.identity()), 2).gradient_transformation(),))
