@@ -80,7 +80,7 @@ def test_injected_hyper_parameters_give_its_own_numbers(make):
     found, state = jax.jit(lambda s: injected.update(g, s, params, **extra))(injected.init(params))
     wanted, _ = jax.jit(lambda s: link.update(g, s, params, **extra))(link.init(params))
     assert_trees_close(found, wanted, rtol=1e-5, atol=1e-7)
-    assert {name for name in state.hyperparams} == set(numbers)
+    assert set(state.hyperparams) == set(numbers)
 
 
 @every_link

@@ -83,8 +83,8 @@ def esam(
         rho = at(radius, Place.of(state.count, extra_args))
         uphill = to_climb("esam", updates, local_grads, sync_perturbation, axis_name)
         moved = move(widen(params), esam_ascent(uphill, key, radius=rho, beta=beta))
-        before = loss_fn(params) if losses is None else losses
-        weights = jax.lax.stop_gradient(esam_weights(loss_fn(moved) - before, gamma=gamma, axis_name=axis_name))
+        before = wide(loss_fn(widen(params)) if losses is None else losses)
+        weights = jax.lax.stop_gradient(esam_weights(wide(loss_fn(moved)) - before, gamma=gamma, axis_name=axis_name))
         return grad_fn(moved, weights=weights), state.after_step()
 
     return asking("esam", init, update, mask=mask)

@@ -167,3 +167,23 @@ def test_errors_name_the_value(problem):
         pj.rts().update(problem.params, pj.rts().init(problem.params), problem.params)
     with pytest.raises(ValueError, match="timing needs `progress`"):
         one_update(problem, pj.rts(timing=pj.last(0.5)))
+
+
+def test_plain_inactive_steps_jump_where_the_timing_switches_and_a_note_says_so(problem, caplog):
+    """Unit ones don't; nor is there a note where a run has steps of one kind only."""
+    lengths = {}
+    for inactive in ("plain", "unit"):
+        link = pj.rts(timing=pj.last(0.43), inactive=inactive)
+        ends = [one_update(problem, link, progress=progress)[0] for progress in (0.0, 1.0)]
+        lengths[inactive] = [norm(update) for update in ends]
+    np.testing.assert_allclose(lengths["plain"], [norm(problem.gradient(problem.params)), 1], rtol=1e-9)
+    np.testing.assert_allclose(lengths["unit"], [1, 1], rtol=1e-9)
+    [note] = caplog.messages
+    assert note.startswith("rts: active steps have length 1") and "Write inactive='unit' for one length." in note
+    caplog.clear()
+    for timing in (pj.always(), pj.never(), pj.last(1.0), pj.every(1)):
+        pj.rts(timing=timing).init(problem.params)
+    assert not caplog.messages
+    for timing in (pj.every(7), pj.after(0.57), pj.plateau(patience=77), pj.every(2, start=0.57)):
+        pj.rts(timing=timing).init(problem.params)
+    assert len(caplog.messages) == 4
