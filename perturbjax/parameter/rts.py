@@ -89,7 +89,7 @@ def rts(
 
     def init(params):
         if inactive == "plain" and timing.switches:
-            _note(timing)
+            _note()
         return RTSState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), timing.init())
 
     def update(updates, state, params, *, grad_fn, local_grads=None, axis_name=None, **extra_args):
@@ -114,9 +114,9 @@ def rts(
     return asking("rts", init, update, mask=mask)
 
 
-@functools.cache  # once for each
-def _note(timing: Timing) -> None:
+@functools.cache  # once
+def _note() -> None:
     logging.getLogger(__name__).warning(
-        "rts: active steps have length 1, the others that of the plain gradient, so the updates jump where %s switches; learning rate and "
-        "weight decay then mean something else. Write inactive='unit' for one length.", timing,
-    )  # fmt: skip
+        "note: rts's active steps have length 1 and the others that of the plain gradient: the updates jump where its timing switches, "
+        "and learning rate and weight decay mean something else from then on. Write inactive=unit for one length."
+    )
