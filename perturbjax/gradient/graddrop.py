@@ -67,7 +67,7 @@ def dropped(gradients: Any, key: jax.Array, leak: ArrayLike) -> Any:
     changes = []
     for g, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
         mask = graddrop_mask(g, jax.random.uniform(k, g.shape[1:], wide(g).dtype))
-        changes.append(jnp.where(mask, 0, -(1 - jnp.asarray(leak, g.dtype)) * g))
+        changes.append(jnp.where(mask, 0 * g, -(1 - jnp.asarray(leak, g.dtype)) * g))
     return jax.tree.unflatten(form, changes)
 
 

@@ -46,8 +46,9 @@ def unmasked(function: Callable, params: Any) -> Callable:
         kept = jax.tree.leaves(jax.tree.map(flag, some, params, is_leaf=_is_masked))
         return jax.tree.unflatten(jax.tree.structure(some), [g for g, k in zip(leaves, kept, strict=True) if k])
 
-    of_some.fills = True
-    return of_some
+    made: Any = of_some
+    made.fills = True
+    return made
 
 
 def asking(name: str, init: Callable, step: Callable, *, mask: Mask = None) -> optax.GradientTransformationExtraArgs:
@@ -124,10 +125,11 @@ def _require_all(name: str, params: Any, grad_fn: Callable) -> None:
 
 def _like(name: str, what: str, params: Any, tree: Any) -> Any:
     """Gradients in the parameters' container. Raises ValueError unless they have its names and shapes."""
-    if jax.tree.structure(tree) != jax.tree.structure(params):
+    form: Any = jax.tree.structure(params)
+    if form != jax.tree.structure(tree):
         if _names(tree) != _names(params):
             raise ValueError(_unlike(name, what, params, tree))
-        tree = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(tree))
+        tree = jax.tree.unflatten(form, jax.tree.leaves(tree))
     if _shapes(tree) != _shapes(params):
         raise ValueError(_unlike(name, what, params, tree))
     return tree

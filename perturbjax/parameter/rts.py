@@ -117,6 +117,6 @@ def rts(
 @functools.cache  # once
 def _note() -> None:
     logging.getLogger(__name__).warning(
-        "note: rts's active steps have length 1 and the others that of the plain gradient: the updates jump where its timing switches, "
+        "rts: active steps have length 1 and the others that of the plain gradient: the updates jump where its timing switches, "
         "and learning rate and weight decay mean something else from then on. Write inactive=unit for one length."
     )
