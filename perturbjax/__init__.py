@@ -98,8 +98,9 @@ from perturbjax.method import Coordinates, method
 from perturbjax.optimizer_check import check_optimizer
 from perturbjax.parameter.amp import amp, amp_project
 from perturbjax.parameter.asam import asam, asam_ascent
+from perturbjax.parameter.asking import Mask, unmasked
 from perturbjax.parameter.esam import esam, esam_ascent, esam_weights
-from perturbjax.parameter.gsam import gsam, gsam_direction
+from perturbjax.parameter.gsam import gsam, gsam_ascent, gsam_direction
 from perturbjax.parameter.looksam import looksam, looksam_across, looksam_reuse
 from perturbjax.parameter.pugd import pugd, pugd_ascent
 from perturbjax.parameter.rts import rts, rts_ascent, rts_direction

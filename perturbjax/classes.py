@@ -15,12 +15,12 @@ AxisName = str | tuple[str, ...] | None
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """float64 for float64, float32 for everything else (narrower floats, integers, bool)."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+    """float64 for float64, complex types as they are, float32 for everything else (narrower floats, integers, bool)."""
+    return dtype if dtype in (jnp.float64, jnp.complex64, jnp.complex128) else jnp.float32
 
 
 def wide(x: jax.Array) -> jax.Array:
-    """x in at least float32: bfloat16 and integers become float32, float64 stays."""
+    """x in at least float32: bfloat16 and integers become float32, float64 and complex numbers stay."""
     return x.astype(at_least_float32(x.dtype))
 
 

@@ -8,8 +8,9 @@
 For a GPU. The RTS draft names data (CIFAR, Tiny ImageNet) and rivals and has no experiments of its own yet, so the recipe is that of
 PUGD's code, with ResNet-32 for its UPANet; there the learning rate changes by epochs, here by steps. The draft's three means one by one:
 a radius that falls, perturbation in the second half or at every second step only, and less of the plain gradient. An update of PUGD has
-length 1, so its weight decay and learning rate mean something else than SGD's: search them. Accuracy belongs beside the gradient
-evaluations of the table, not only beside epochs.
+length 1, so its weight decay and learning rate mean something else than SGD's: search them. For the same reason the steps that a timing
+leaves out take the unit gradient, not the plain one, and `ngd`, which takes it always, is what timings are compared with. Accuracy belongs
+beside the gradient evaluations of the table, not only beside epochs.
 """
 
 
@@ -26,8 +27,8 @@ def config():
         schedule="cosine",
         warmup_epochs=0.0,
         augment=True,
-        methods="ce, sam, asam, pugd, rts(radius=cosine), rts(timing=last), rts(timing=every), rts(scale=0.5), "
-        "rts(radius=cosine, timing=last, scale=0.5)",
+        methods="ce, ngd, sam, asam, pugd, rts(radius=cosine), rts(timing=last, inactive=unit), "
+        "rts(timing=every, inactive=unit), rts(scale=0.5), rts(radius=cosine, timing=last, scale=0.5, inactive=unit)",
         seeds=3,
         smoke=dict(data="digits", view="thin(20)", model="mlp", epochs=2, batch_size=32, augment=False, seeds=1, cost_rounds=2),
     )

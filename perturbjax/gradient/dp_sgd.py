@@ -22,6 +22,7 @@ from perturbjax.checks import check_number
 from perturbjax.classes import wide
 from perturbjax.gradient.groups import added, example_members, require_key, require_weights
 from perturbjax.method import method
+from perturbjax.parameter.asking import Mask, asking
 
 
 class DPSGDState(NamedTuple):
@@ -43,7 +44,7 @@ def clipped(gradient: Any, bound: ArrayLike) -> Any:
     cite="Abadi et al., CCS 2016", gradient="replaces", off=None,
 )  # fmt: skip
 def dp_sgd(
-    *, bound: ArrayLike = 1.0, noise_multiplier: ArrayLike = 1.0, chunk: int | None = None
+    *, bound: ArrayLike = 1.0, noise_multiplier: ArrayLike = 1.0, chunk: int | None = None, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     """An optax link. Costs B + 1 more gradients a step (one forward pass, B + 1 backward passes of the batch): for small nets.
 
@@ -51,6 +52,7 @@ def dp_sgd(
       bound: τ, the largest l2 norm of a sample's gradient; inf clips nothing.
       noise_multiplier: σ, in units of τ; 0 adds no noise (with bound=inf this is plain training, to rounding).
       chunk: so many gradients at a time: memory is chunk times the parameters; None: all B.
+      mask: as in `pcgrad`: samples are clipped by the norms of these parameters alone, and the others' gradients are plain, without noise.
 
     `update` takes `grad_fn=` (parameters, weights=[B] -> the gradient of the weighted mean loss), `labels=`, whose length is B, `key=`,
     and in per-device code `axis_name=`. It replaces the gradient that it is given: put it first.
@@ -62,8 +64,8 @@ def dp_sgd(
     def init(params):
         return DPSGDState(jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params=None, *, grad_fn=None, key=None, labels=None, axis_name=None, **extra_args):
-        require_weights("dp_sgd", params, grad_fn)
+    def update(updates, state, params, *, grad_fn, key=None, labels=None, axis_name=None, **extra_args):
+        require_weights("dp_sgd", grad_fn)
         require_key("dp_sgd", key)
         if labels is None:
             raise ValueError(
@@ -87,4 +89,4 @@ def dp_sgd(
         after = jax.tree.map(lambda u, g: g.astype(u.dtype), updates, added(mean, penalty))
         return after, DPSGDState(state.evaluations + size + 1)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return asking("dp_sgd", init, update, mask=mask)

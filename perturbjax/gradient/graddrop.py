@@ -28,6 +28,7 @@ from perturbjax.gradient.groups import (
     weighted_gradients,
 )
 from perturbjax.method import method
+from perturbjax.parameter.asking import Mask, asking
 
 
 class GradDropState(NamedTuple):
@@ -57,12 +58,16 @@ def graddrop_gradients(gradients: Any, key: jax.Array, *, leak: ArrayLike = 0.0)
 
 
 def dropped(gradients: Any, key: jax.Array, leak: ArrayLike) -> Any:
-    """−(1 − leak) (1 − M_i) g_i: what GradDrop changes."""
+    """−(1 − leak) (1 − M_i) g_i: what GradDrop changes. Raises ValueError for complex gradients, which have no sign."""
     leaves, form = jax.tree.flatten(gradients)
+    if wrong := [g.dtype for g in leaves if jnp.iscomplexobj(g)]:
+        raise ValueError(
+            f"graddrop needs real gradients, got {wrong[0]}. Write graddrop(mask=...), False for these parameters."
+        )
     changes = []
     for g, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
         mask = graddrop_mask(g, jax.random.uniform(k, g.shape[1:], wide(g).dtype))
-        changes.append(jnp.where(mask, 0, -(1 - jnp.asarray(leak, g.dtype)) * g))
+        changes.append(jnp.where(mask, 0 * g, -(1 - jnp.asarray(leak, g.dtype)) * g))
     return jax.tree.unflatten(form, changes)
 
 
@@ -71,7 +76,7 @@ def dropped(gradients: Any, key: jax.Array, leak: ArrayLike) -> Any:
     cite="Chen et al., NeurIPS 2020", gradient="replaces", off=dict(leak=1.0),
 )  # fmt: skip
 def graddrop(
-    *, groups: Groups = "classes", leak: ArrayLike = 0.0, chunk: int | None = None
+    *, groups: Groups = "classes", leak: ArrayLike = 0.0, chunk: int | None = None, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     """An optax link. Costs G + 1 more gradients a step (they share the forward pass), for G groups.
 
@@ -79,6 +84,7 @@ def graddrop(
       groups: "classes", "domains", or k: so many groups of classes with neighbouring indices.
       leak: share of the dropped gradients that passes after all, in [0, 1]; 1 is plain training.
       chunk: so many gradients at a time, for memory; None: all.
+      mask: as in `pcgrad`.
 
     `update` takes what `pcgrad`'s does (`each=True`, too), and like it adds only what it changes to the gradient that it is given: put it first.
     """
@@ -89,12 +95,12 @@ def graddrop(
     def init(params):
         return GradDropState(jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params=None, *, grad_fn=None, key=None, each=False, **extra_args):
-        require_weights("graddrop", params, grad_fn)
+    def update(updates, state, params, *, grad_fn, key=None, each=False, **extra_args):
+        require_weights("graddrop", grad_fn)
         require_key("graddrop", key)
         members = group_members("graddrop", groups, extra_args)
         gradients, _ = weighted_gradients(grad_fn, params, members, chunk=chunk)
         changes, after = dropped(gradients, key, leak), GradDropState(state.evaluations + len(members) + 1)
         return changes if each else added(updates, jax.tree.map(lambda d: d.sum(0), changes)), after
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return asking("graddrop", init, update, mask=mask)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 
 from perturbjax.classes import AxisName, wide
-from perturbjax.parameter.ascent import require
 
 Groups = Literal["classes", "domains"] | int
 """Whose gradients are compared: classes, domains, or that many groups of classes with neighbouring indices."""
@@ -83,9 +82,8 @@ def _cleared(gradients: Any, rest: Any, weights: jax.Array) -> Any:
     return jax.tree.map(lambda g: jnp.where(empty.reshape((-1,) + (1,) * (g.ndim - 1)), 0, g), gradients)
 
 
-def require_weights(name: str, params: Any, grad_fn: Callable | None) -> None:
-    """Raises ValueError, naming the call that works, unless the update got parameters and a grad_fn that takes weights."""
-    require(name, params, grad_fn)
+def require_weights(name: str, grad_fn: Callable) -> None:
+    """Raises ValueError, naming the line to write, unless grad_fn takes weights."""
     known = inspect.signature(grad_fn).parameters.values()
     if not any(p.name == "weights" or p.kind is p.VAR_KEYWORD for p in known):
         raise ValueError(

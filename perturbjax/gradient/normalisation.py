@@ -19,7 +19,7 @@ from perturbjax.parameter.ascent import unit_tree
     target="gradient", direction=(), inference="prior", granularity="corpus",
     cite="Murray et al., IEEE TAC 2019", gradient="transforms", off=None,
 )  # fmt: skip
-def ngd(*, epsilon: ArrayLike = 0.0) -> optax.GradientTransformation:
+def ngd(*, epsilon: ArrayLike = 0.0) -> optax.GradientTransformationExtraArgs:
     """An optax link: the gradient over its norm, one norm for all parameters; `epsilon` is added to the norm."""
     check_number("ngd", low=0, epsilon=epsilon)
-    return optax.stateless(lambda updates, params: unit_tree(updates, epsilon))
+    return optax.with_extra_args_support(optax.stateless(lambda updates, params: unit_tree(updates, epsilon)))

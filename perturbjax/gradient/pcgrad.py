@@ -27,6 +27,7 @@ from perturbjax.gradient.groups import (
     weighted_gradients,
 )
 from perturbjax.method import method
+from perturbjax.parameter.asking import Mask, asking
 
 
 class PCGradState(NamedTuple):
@@ -36,9 +37,11 @@ class PCGradState(NamedTuple):
 
 
 def inner_products(gradients: Any) -> jax.Array:
-    """[G, G] inner products of gradients whose leaves are [G, ...], in at least float32."""
+    """[G, G] inner products of gradients whose leaves are [G, ...], in at least float32; their real parts for complex ones."""
     flat = [wide(g).reshape(g.shape[0], -1) for g in jax.tree.leaves(gradients)]
-    return functools.reduce(jnp.add, (jnp.matmul(g, g.T, precision=jax.lax.Precision.HIGHEST) for g in flat))
+    return functools.reduce(
+        jnp.add, (jnp.real(jnp.matmul(g, jnp.conj(g).T, precision=jax.lax.Precision.HIGHEST)) for g in flat)
+    )
 
 
 def pcgrad_coefficients(products: jax.Array, order: jax.Array) -> jax.Array:
@@ -82,7 +85,7 @@ def random_orders(key: jax.Array, number: int) -> jax.Array:
     cite="Yu et al., NeurIPS 2020", gradient="replaces", off=dict(groups=1),
 )  # fmt: skip
 def pcgrad(
-    *, groups: Groups = "classes", reduction: Literal["sum", "mean"] = "sum", chunk: int | None = None
+    *, groups: Groups = "classes", reduction: Literal["sum", "mean"] = "sum", chunk: int | None = None, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     """An optax link. Costs G + 1 more gradients a step (they share the forward pass), for G groups.
 
@@ -92,6 +95,7 @@ def pcgrad(
       reduction: "sum" is the paper's; "mean" divides by the number of groups with a gradient, as code in use does: the step then
         shrinks by that factor, also where nothing conflicts.
       chunk: so many gradients at a time, for memory; None: all.
+      mask: the parameters that it acts on, as in `optax.masked`; the others' gradients pass as they come. None: all.
 
     `update` takes `grad_fn=` (parameters, weights=[B] -> the gradient of the weighted loss, averaged over devices), `key=`, and
     `labels=` with `num_classes=` or `side=` with `num_domains=`. Put it first: to the gradient that it is given it adds what surgery
@@ -105,8 +109,8 @@ def pcgrad(
     def init(params):
         return PCGradState(jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params=None, *, grad_fn=None, key=None, each=False, **extra_args):
-        require_weights("pcgrad", params, grad_fn)
+    def update(updates, state, params, *, grad_fn, key=None, each=False, **extra_args):
+        require_weights("pcgrad", grad_fn)
         require_key("pcgrad", key)
         members = group_members("pcgrad", groups, extra_args)
         gradients, _ = weighted_gradients(grad_fn, params, members, chunk=chunk)
@@ -119,4 +123,4 @@ def pcgrad(
             return combined(gradients, own - jnp.eye(len(members), dtype=own.dtype)), after
         return added(updates, combined(gradients, own.sum(0) - 1)), after
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return asking("pcgrad", init, update, mask=mask)

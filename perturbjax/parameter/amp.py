@@ -16,7 +16,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
 from perturbjax.method import method
-from perturbjax.parameter.ascent import AscentState, dot, move, require, safe, to_climb, widen
+from perturbjax.parameter.ascent import AscentState, dot, move, safe, to_climb, upward, widen
+from perturbjax.parameter.asking import Mask, asking
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
 NORMS = ("global", "tensor")
@@ -47,6 +48,7 @@ def amp(
     num_steps: int = 1,
     norm: Literal["global", "tensor"] = "global",
     sync_perturbation: bool = True,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optax link. Costs `num_steps` more gradients a step. `update` takes `grad_fn=` (as `sam`).
 
@@ -56,6 +58,7 @@ def amp(
       num_steps: T; the first step's gradient is there already.
       norm: whose length is bounded by ρ: that of all parameters ("global", the paper), or of each "tensor" (the authors' code).
       sync_perturbation: as in `sam`. False needs num_steps=1: `grad_fn` gives later steps the mean over devices.
+      mask: as in `sam`.
     """
     check_setting("amp", radius=radius)
     check_number("amp", low=0, step_size=step_size)
@@ -74,14 +77,13 @@ def amp(
     def init(params):
         return AscentState.start()
 
-    def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
-        require("amp", params, grad_fn)
+    def update(updates, state, params, *, grad_fn, local_grads=None, axis_name=None, **extra_args):
         rho = at(radius, Place.of(state.count, extra_args))
-        grads = to_climb("amp", updates, local_grads, sync_perturbation)
+        grads = to_climb("amp", updates, local_grads, sync_perturbation, axis_name)
         delta = jax.tree.map(jnp.zeros_like, widen(updates))
         for _ in range(steps):  # unrolled: convolutions are slow in loops on CPU, and T is small
-            delta = amp_project(move(delta, grads, step_size), radius=rho, norm=norm)
-            grads = grad_fn(move(params, delta))
+            delta = amp_project(move(delta, upward(grads), step_size), radius=rho, norm=norm)
+            grads = grad_fn(move(widen(params), delta))
         return grads, state.after_step(steps)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return asking("amp", init, update, mask=mask)

@@ -16,7 +16,8 @@ from jax.typing import ArrayLike
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import wide
 from perturbjax.method import method
-from perturbjax.parameter.ascent import AscentState, dot, move, require, safe, to_climb, widen, with_decay
+from perturbjax.parameter.ascent import AscentState, dot, move, safe, to_climb, widen, with_decay
+from perturbjax.parameter.asking import Mask, asking
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
 ADAPTIVE = ("all", "weights")
@@ -28,8 +29,10 @@ def asam_scale(params: optax.Params, *, eta: ArrayLike = 0.01, adaptive: Literal
     check_choice("asam_scale", "adaptive", adaptive, ADAPTIVE)
 
     def scale(path, w):
-        size = jnp.abs(wide(w)) + jnp.asarray(eta, wide(w).dtype)
-        named = jax.tree_util.keystr(path[-1:]).lower() if path else ""
+        size = jnp.abs(wide(w))
+        size = size + jnp.asarray(eta, size.dtype)
+        names = [key for key in path if key != jax.tree_util.GetAttrKey("value")]  # of a variable of flax.nnx
+        named = jax.tree_util.keystr(tuple(names[-1:])).lower()
         return jnp.ones_like(size) if adaptive == "weights" and "bias" in named else size
 
     return jax.tree_util.tree_map_with_path(scale, params)
@@ -46,9 +49,11 @@ def asam_ascent(
 ) -> optax.Updates:
     """ε̂ = ρ T²g/(‖Tg‖ + epsilon), one norm over all parameters; zero for a zero gradient."""
     scale = asam_scale(params, eta=eta, adaptive=adaptive)
-    scaled = jax.tree.map(lambda t, g: t * g.astype(t.dtype), scale, grads)
+    to = lambda g, t: g.dtype if jnp.iscomplexobj(g) else t.dtype
+    scaled = jax.tree.map(lambda t, g: t.astype(to(g, t)) * g.astype(to(g, t)), scale, grads)
     norm = safe(jnp.sqrt(dot(scaled, scaled)), epsilon)
-    step = lambda t, s, g: (jnp.asarray(radius, s.dtype) * (t * (s / norm.astype(s.dtype)))).astype(g.dtype)
+    unit = lambda t, s: t.astype(s.dtype) * (jnp.conj(s) / norm.astype(s.dtype))
+    step = lambda t, s, g: (jnp.asarray(radius, s.dtype) * unit(t, s)).astype(g.dtype)
     return jax.tree.map(step, scale, scaled, grads)
 
 
@@ -64,6 +69,7 @@ def asam(
     epsilon: ArrayLike = 0.0,
     decay: ArrayLike = 0.0,
     sync_perturbation: bool = True,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optax link. Costs one more gradient a step. `update` takes `grad_fn=` (as `sam`).
 
@@ -73,7 +79,7 @@ def asam(
       adaptive: "all" parameters, or "weights": T = 1 for biases (the authors' code).
       epsilon: added to the norm; the authors' code has 1e-16. (davda54's adaptive SAM: radius=2.0, eta=0, epsilon=1e-12.)
       decay: of weights, inside the perturbed loss, as in `sam`; 0 in the authors' code, where it is the optimiser's.
-      sync_perturbation: as in `sam`.
+      sync_perturbation, mask: as in `sam`.
     """
     check_setting("asam", radius=radius)
     check_number("asam", low=0, eta=eta, epsilon=epsilon, decay=decay)
@@ -82,12 +88,11 @@ def asam(
     def init(params):
         return AscentState.start()
 
-    def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
-        require("asam", params, grad_fn)
+    def update(updates, state, params, *, grad_fn, local_grads=None, axis_name=None, **extra_args):
         rho = at(radius, Place.of(state.count, extra_args))
-        uphill = widen(with_decay(to_climb("asam", updates, local_grads, sync_perturbation), params, decay))
-        moved = move(params, asam_ascent(params, uphill, radius=rho, eta=eta, adaptive=adaptive, epsilon=epsilon))
+        uphill = widen(with_decay(to_climb("asam", updates, local_grads, sync_perturbation, axis_name), params, decay))
+        moved = move(widen(params), asam_ascent(params, uphill, radius=rho, eta=eta, adaptive=adaptive, epsilon=epsilon))
         perturbed = with_decay(grad_fn(moved), moved, decay)
         return perturbed, state.after_step()
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return asking("asam", init, update, mask=mask)

@@ -17,13 +17,14 @@ from jax.typing import ArrayLike
 from perturbjax.checks import check_number
 from perturbjax.classes import AxisName, gather, own_share, wide
 from perturbjax.method import method
-from perturbjax.parameter.ascent import AscentState, move, require, to_climb, unit_tree, widen
+from perturbjax.parameter.ascent import AscentState, move, to_climb, unit_tree, upward, widen
+from perturbjax.parameter.asking import Mask, asking
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
 
 def esam_ascent(grads: optax.Updates, key: jax.Array, *, radius: ArrayLike, beta: ArrayLike = 0.5) -> optax.Updates:
     """ε̂ = (ρ/β) m ⊙ g/‖g‖ with a new mask per leaf, in at least float32; with β = 1 it is SAM's."""
-    leaves, structure = jax.tree.flatten(unit_tree(widen(grads)))
+    leaves, structure = jax.tree.flatten(unit_tree(upward(grads)))
     drop = lambda i, e: jnp.where(jax.random.bernoulli(jax.random.fold_in(key, i), beta, e.shape), e, 0)
     scale = lambda e: jnp.asarray(radius, e.dtype) / jnp.asarray(beta, e.dtype) * e
     return jax.tree.unflatten(structure, [scale(drop(i, e)) for i, e in enumerate(leaves)])
@@ -51,7 +52,7 @@ def esam_weights(rise: jax.Array, *, gamma: ArrayLike = 0.5, axis_name: AxisName
     cite="Du et al., ICLR 2022", gradient="replaces", off=dict(radius=0.0, gamma=1.0),
 )  # fmt: skip
 def esam(
-    *, radius: Setting = 0.05, beta: ArrayLike = 0.5, gamma: ArrayLike = 0.5, sync_perturbation: bool = True
+    *, radius: Setting = 0.05, beta: ArrayLike = 0.5, gamma: ArrayLike = 0.5, sync_perturbation: bool = True, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     """An optax link. Costs one more gradient and a forward pass a step.
 
@@ -62,6 +63,7 @@ def esam(
       beta: share of the coordinates that climb; 1 is SAM's climb.
       gamma: share of the samples that count in the second gradient; 1: all.
       sync_perturbation: as in `sam`. The coordinates are the same on all devices, the samples are chosen among those of all.
+      mask: as in `sam`.
     """
     check_setting("esam", radius=radius)
     check_number("esam", low=0, high=1, open_low=True, beta=beta, gamma=gamma)
@@ -70,10 +72,8 @@ def esam(
         return AscentState.start()
 
     def update(
-        updates, state, params=None, *, grad_fn=None, local_grads=None, key=None, loss_fn=None, losses=None, axis_name=None,
-        **extra_args,
-    ):  # fmt: skip
-        require("esam", params, grad_fn)
+        updates, state, params, *, grad_fn, local_grads=None, key=None, loss_fn=None, losses=None, axis_name=None, **extra_args
+    ):
         if key is None or loss_fn is None:
             missing = "key" if key is None else "loss_fn"
             raise ValueError(
@@ -81,10 +81,10 @@ def esam(
                 "loss_fn=lambda p: losses(p, batch)), with losses [B] and grad_fn(p, weights=None)."
             )
         rho = at(radius, Place.of(state.count, extra_args))
-        uphill = to_climb("esam", updates, local_grads, sync_perturbation)
-        moved = move(params, esam_ascent(uphill, key, radius=rho, beta=beta))
-        before = loss_fn(params) if losses is None else losses
-        weights = jax.lax.stop_gradient(esam_weights(loss_fn(moved) - before, gamma=gamma, axis_name=axis_name))
+        uphill = to_climb("esam", updates, local_grads, sync_perturbation, axis_name)
+        moved = move(widen(params), esam_ascent(uphill, key, radius=rho, beta=beta))
+        before = wide(loss_fn(widen(params)) if losses is None else losses)
+        weights = jax.lax.stop_gradient(esam_weights(wide(loss_fn(moved)) - before, gamma=gamma, axis_name=axis_name))
         return grad_fn(moved, weights=weights), state.after_step()
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return asking("esam", init, update, mask=mask)

@@ -16,7 +16,8 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.method import method
-from perturbjax.parameter.ascent import dot, move, require, safe, to_climb, unit_tree, widen
+from perturbjax.parameter.ascent import dot, move, safe, to_climb, unit_tree, upward, widen
+from perturbjax.parameter.asking import Mask, asking
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
 
@@ -45,7 +46,7 @@ def looksam_reuse(grads: optax.Updates, across: optax.Updates, *, alpha: ArrayLi
     cite="Liu et al., CVPR 2022", gradient="replaces", off=dict(radius=0.0, alpha=0.0),
 )  # fmt: skip
 def looksam(
-    *, radius: Setting = 0.05, every: int = 5, alpha: ArrayLike = 0.7, sync_perturbation: bool = True
+    *, radius: Setting = 0.05, every: int = 5, alpha: ArrayLike = 0.7, sync_perturbation: bool = True, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     """An optax link. Costs one more gradient at every k-th step, nothing at the others. `update` takes `grad_fn=` (as `sam`).
 
@@ -54,6 +55,7 @@ def looksam(
       every: k; 1 is SAM. The steps are counted by `step=`, if the update gets one.
       alpha: α, how much of g_v is added between.
       sync_perturbation: as in `sam`; ĝ in g_v is the whole batch's.
+      mask: as in `sam`.
     """
     check_setting("looksam", radius=radius)
     check_number("looksam", low=1, every=every)
@@ -63,13 +65,12 @@ def looksam(
         zeros = jax.tree.map(jnp.zeros_like, widen(params))
         return LookSAMState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), zeros)
 
-    def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
-        require("looksam", params, grad_fn)
+    def update(updates, state, params, *, grad_fn, local_grads=None, axis_name=None, **extra_args):
         place = Place.of(state.count, extra_args)
 
         def looked():
-            uphill = widen(to_climb("looksam", updates, local_grads, sync_perturbation))
-            perturbed = grad_fn(move(params, unit_tree(uphill), at(radius, place)))
+            climb = unit_tree(upward(to_climb("looksam", updates, local_grads, sync_perturbation, axis_name)))
+            perturbed = grad_fn(move(widen(params), climb, at(radius, place)))
             kept = looksam_across(perturbed, updates)
             perturbed = jax.tree.map(lambda p, g: p.astype(g.dtype), perturbed, updates)
             return perturbed, jax.tree.map(lambda v, old: v.astype(old.dtype), kept, state.across)
@@ -81,4 +82,4 @@ def looksam(
         out, across = jax.lax.cond(now, looked, reused)
         return out, LookSAMState(optax.safe_increment(state.count), state.evaluations + now.astype(jnp.int32), across)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return asking("looksam", init, update, mask=mask)

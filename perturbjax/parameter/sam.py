@@ -17,7 +17,8 @@ from jax.typing import ArrayLike
 from perturbjax.checks import check_number
 from perturbjax.classes import wide
 from perturbjax.method import method
-from perturbjax.parameter.ascent import AscentState, move, require, safe, to_climb, unit_tree, widen, with_decay
+from perturbjax.parameter.ascent import AscentState, move, safe, to_climb, unit_tree, widen, with_decay
+from perturbjax.parameter.asking import Mask, asking
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
 
 
@@ -34,9 +35,9 @@ def sam_ascent(grads: optax.Updates, *, radius: ArrayLike, p: ArrayLike = 2.0, e
         top = safe(jnp.stack([x.max() for x in absolute]).max())  # powers of numbers in [0, 1] can't overflow
         to = lambda x: (power + x).astype(top.dtype)
         norm = top * sum(jnp.sum((x / top) ** to(1)) for x in absolute) ** (1 / to(1))
-        share = lambda g: jnp.sign(wide(g)) * (jnp.abs(wide(g)) / safe(norm, epsilon)) ** to(0)
-        direction = jax.tree.map(lambda g: share(g).astype(g.dtype), grads)
-    return jax.tree.map(lambda e: jnp.asarray(radius, e.dtype) * e, direction)
+        size = lambda g: ((jnp.abs(wide(g)) / safe(norm, epsilon)) ** to(0)).astype(wide(g).dtype)
+        direction = jax.tree.map(lambda g: (jnp.sign(wide(g)) * size(g)).astype(g.dtype), grads)
+    return jax.tree.map(lambda e: jnp.asarray(radius, e.dtype) * jnp.conj(e), direction)
 
 
 @method(
@@ -45,12 +46,18 @@ def sam_ascent(grads: optax.Updates, *, radius: ArrayLike, p: ArrayLike = 2.0, e
     resolve_structure=lambda settings: dict(p=settings["p"]),  # the l2 norm has a program of its own
 )  # fmt: skip
 def sam(
-    *, radius: Setting = 0.05, p: float = 2.0, epsilon: ArrayLike = 0.0, decay: ArrayLike = 0.0, sync_perturbation: bool = True
+    *,
+    radius: Setting = 0.05,
+    p: float = 2.0,
+    epsilon: ArrayLike = 0.0,
+    decay: ArrayLike = 0.0,
+    sync_perturbation: bool = True,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optax link. Costs one more gradient a step.
 
     `update` takes `grad_fn=`: parameters -> gradients of the same batch's loss, already averaged over devices. BatchNorm's running
-    statistics are those of the first pass.
+    statistics are those of the first pass. Parameters in half precision are given to it in float32: the climb would be rounded away.
 
     Args:
       radius: ρ, a number or a schedule.
@@ -60,6 +67,8 @@ def sam(
         optimiser's own decay to 0 then. 0: decay is what the optimiser adds, outside (davda54/sam, ASAM).
       sync_perturbation: False climbs along each device's own gradient (m-sharpness, the official default); needs pmap, or
         `local_grads=` in the update, which is taken as it is, whatever links stand before. On one device there is no difference.
+      mask: the parameters it acts on, as in `optax.masked`; the others' gradients pass as they come, and they don't move in the climb.
+        None: all.
     """
     check_setting("sam", radius=radius)
     check_number("sam", low=1, open_low=True, infinite=True, p=p)
@@ -68,12 +77,11 @@ def sam(
     def init(params):
         return AscentState.start()
 
-    def update(updates, state, params=None, *, grad_fn=None, local_grads=None, **extra_args):
-        require("sam", params, grad_fn)
+    def update(updates, state, params, *, grad_fn, local_grads=None, axis_name=None, **extra_args):
         rho = at(radius, Place.of(state.count, extra_args))
-        uphill = widen(with_decay(to_climb("sam", updates, local_grads, sync_perturbation), params, decay))
-        moved = move(params, sam_ascent(uphill, radius=rho, p=p, epsilon=epsilon))
+        uphill = widen(with_decay(to_climb("sam", updates, local_grads, sync_perturbation, axis_name), params, decay))
+        moved = move(widen(params), sam_ascent(uphill, radius=rho, p=p, epsilon=epsilon))
         perturbed = with_decay(grad_fn(moved), moved, decay)
         return perturbed, state.after_step()
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return asking("sam", init, update, mask=mask)

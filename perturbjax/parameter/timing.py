@@ -169,6 +169,11 @@ class Timing:
     start: float = 0.0
     stride: int = 1
 
+    @property
+    def switches(self) -> bool:
+        """Whether a run has both active and inactive steps, as far as is known beforehand."""
+        return 0 < self.start < 1 or (self.stride > 1 and self.start < 1)
+
     def init(self) -> Any:
         """What it remembers between steps."""
         return ()
@@ -202,6 +207,10 @@ class Plateau(Timing):
     threshold: ArrayLike = 1e-3
     decay: ArrayLike = 0.9
     stay: bool = True
+
+    @property
+    def switches(self) -> bool:
+        return True
 
     def init(self) -> PlateauState:
         inf = jnp.full([], jnp.inf, jnp.float32)

@@ -71,3 +71,22 @@ def test_errors_name_the_value(problem):
         one_update(problem, pj.gsam(radius=pj.by_rate()))
     with pytest.raises(ValueError, match="gsam needs radius >= 0, got -0.1"):
         pj.gsam(radius=pj.by_rate(high=0.1, low=-0.1))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_adaptive_climb_is_that_of_the_first_author_s_code(problem, adaptive):
+    """e_w = p² · g · ρ/‖|p| · g‖, in numpy; the rest of the step is the same."""
+    w, g = problem.params, problem.gradient(problem.params)
+    scaled = {n: np.abs(w[n]) * g[n] if adaptive else g[n] for n in w}
+    climb = {n: 0.5 * (w[n] ** 2 if adaptive else 1) * g[n] / norm(scaled) for n in w}
+    ours, [point] = one_update(problem, pj.gsam(radius=0.5, alpha=0.4, adaptive=adaptive))
+    assert_close(point, added(w, climb), rtol=1e-12)
+    above = problem.gradient(added(w, climb))
+    across = added(g, above, -inner(g, above) / inner(above, above))
+    assert_close(ours, added(above, across, -0.4), rtol=1e-9, atol=1e-12)
+
+
+def test_the_adaptive_climb_is_asam_s_without_eta(problem):
+    ours = pj.gsam_ascent(problem.params, problem.slope(problem.params), adaptive=True)
+    wanted = pj.asam_ascent(problem.params, problem.slope(problem.params), radius=1.0, eta=0.0)
+    assert_close(ours, wanted, rtol=1e-12, atol=1e-15)

@@ -9,7 +9,19 @@ import optax
 import pytest
 
 import perturbjax as pj
-from tests.parameter.problem import added, assert_close, by_link, enable_x64, make, norm, one_update, same_as_by_hand, unit
+from perturbjax.parameter import rts as module
+from tests.parameter.problem import (
+    added,
+    as_numpy,
+    assert_close,
+    by_link,
+    enable_x64,
+    make,
+    norm,
+    one_update,
+    same_as_by_hand,
+    unit,
+)
 
 
 @pytest.fixture
@@ -167,3 +179,22 @@ def test_errors_name_the_value(problem):
         pj.rts().update(problem.params, pj.rts().init(problem.params), problem.params)
     with pytest.raises(ValueError, match="timing needs `progress`"):
         one_update(problem, pj.rts(timing=pj.last(0.5)))
+
+
+def test_plain_inactive_steps_jump_where_the_timing_switches_and_a_note_says_so(problem, caplog):
+    """Unit ones don't; nor is there a note where a run has steps of one kind only."""
+    module._note.cache_clear()
+    for inactive, before in (("unit", 1.0), ("plain", norm(problem.gradient(problem.params)))):
+        link, found = pj.rts(timing=pj.last(0.5), inactive=inactive), []
+        for progress in (0.0, 1.0):
+            place = dict(grad_fn=problem.slope, progress=progress)
+            updates, _ = link.update(problem.slope(problem.params), link.init(problem.params), problem.params, **place)
+            found.append(norm(as_numpy(updates)))
+        np.testing.assert_allclose(found, [before, 1], rtol=1e-9)
+        assert len(caplog.messages) == (inactive == "plain")
+    assert "the updates jump where its timing switches" in caplog.messages[0] and "Write inactive=unit" in caplog.messages[0]
+    for timing in (pj.always(), pj.never(), pj.last(1.0), pj.every(1), pj.last(0.5), pj.every(2), pj.plateau()):
+        module._note.cache_clear()
+        caplog.clear()
+        pj.rts(timing=timing).init(problem.params)
+        assert len(caplog.messages) == (timing in (pj.last(0.5), pj.every(2), pj.plateau()))
