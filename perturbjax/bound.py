@@ -52,7 +52,7 @@ Bound = ArrayLike | Varied | VariedByFrequency | LayerScaled | Course | Callable
 
 
 def varied(
-    *, eps: ArrayLike | None = None, delta_eps: ArrayLike | None = None, statistic: Literal["rank", "linear", "log"] = "rank"
+    eps: ArrayLike | None = None, delta_eps: ArrayLike | None = None, statistic: Literal["rank", "linear", "log"] = "rank"
 ) -> Varied:
     """ε_c = ε + Δε·|τ − s_c|: classes further from the split's threshold get a larger bound.
 
@@ -67,7 +67,7 @@ def varied(
 
 
 def varied_by_frequency(
-    *, eps: ArrayLike | None = None, delta_eps: ArrayLike | None = None, of: Literal["prior", "accuracy"] = "prior"
+    eps: ArrayLike | None = None, delta_eps: ArrayLike | None = None, of: Literal["prior", "accuracy"] = "prior"
 ) -> VariedByFrequency:
     """Head classes ε + Δε·s_c/s_1, tail classes ε + Δε·s_C/s_c, with s the class prior π (the official code) or q̄ (as printed).
 
@@ -80,7 +80,7 @@ def varied_by_frequency(
     return VariedByFrequency(eps, delta_eps, of)
 
 
-def layer_scaled(bound: Bound | None = None, *, beta: ArrayLike = 0.7) -> LayerScaled:
+def layer_scaled(bound: Bound | None = None, beta: ArrayLike = 0.7) -> LayerScaled:
     """γ_l = β^(L−l) times `bound` at site number l (logits: stages + 1; features count as the last stage)."""
     check_number("layer_scaled", low=0, high=1, open_low=True, beta=beta)
     return LayerScaled(bound, beta)

@@ -186,7 +186,8 @@ class Objective:
             raise ValueError(f"objective needs {name} {axes} = {shape}, got {np.shape(value)}. {how}")
 
     def _check_labels(self, labels: jax.Array, weights: ArrayLike | None) -> None:
-        """Raises ValueError for labels that are no integers, and for some outside 0..C-1 where they can be seen; those of samples with weight 0 are padding."""
+        """Raises ValueError for labels that are no integers, and for some outside 0..C-1 where they can be seen; those of samples with
+        weight 0 are padding."""
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(f"objective needs integer labels, got {labels.dtype}. Cast them: labels.astype(jnp.int32).")
         if not is_traced((labels, weights)) and labels.is_fully_addressable:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from perturbjax.link import Perturbation
+from perturbjax.names import by_name
 
 
 class Coordinates(NamedTuple):
@@ -55,8 +56,8 @@ def method(
 
     def wrap(factory: Callable) -> Callable:
         @functools.wraps(factory)
-        def named(**settings):
-            return _named(factory(**settings), factory.__name__)
+        def named(*values, **settings):
+            return _named(factory(**by_name(factory, values, settings)), factory.__name__)
 
         make: Any = named
         make.coordinates, make.cite, make.off, make.alias = coordinates, cite, off, alias

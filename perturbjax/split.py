@@ -50,7 +50,6 @@ SCALES = ("rank", "linear", "log")
 
 
 def by_accuracy(
-    *,
     tau: ArrayLike | str = "mean",
     measure: Literal["probability", "top1"] = "probability",
     update: Literal["step", "epoch", "batch"] = "step",
@@ -105,7 +104,7 @@ def by_accuracy(
 
 
 def by_frequency(
-    *, tau: ArrayLike | str | None = None, rule: Literal["rank", "count"] = "rank", accuracy: Split | None = None
+    tau: ArrayLike | str | None = None, rule: Literal["rank", "count"] = "rank", accuracy: Split | None = None
 ) -> Split:
     """+1 for the rare classes.
 
@@ -175,7 +174,7 @@ class VarianceState(NamedTuple):
     square: RunningMean  # of ‖h‖²: [C]
 
 
-def by_variance(*, tau: ArrayLike | str = "mean", update: Update = "epoch", decay: ArrayLike = 0.9) -> Split:
+def by_variance(tau: ArrayLike | str = "mean", update: Update = "epoch", decay: ArrayLike = 0.9) -> Split:
     """−1 for the classes whose logit gradients h = p − y scatter most (many wrong labels): Var(h_c) = E‖h‖² − ‖E h‖² > τ.
 
     Args:
@@ -216,7 +215,7 @@ def by_variance(*, tau: ArrayLike | str = "mean", update: Update = "epoch", deca
     return Split(init, advance, direction, statistic)
 
 
-def all_classes(*, direction: ArrayLike = 1.0) -> Split:
+def all_classes(direction: ArrayLike = 1.0) -> Split:
     """The same direction (a number), or a given one per class ([C])."""
     check_number("all_classes", low=-1, high=1, direction=direction)
 

@@ -20,7 +20,9 @@ def passes(links=(), *, targets=None, **options):
     """A function of (states, labels, weights) inside jit: (loss, Output), gradients, of one step in epoch 1."""
     params, stats, batch = contract.problem()
     made = contract.start(links, params, stats, batch)[2], batch
-    sizes = dict(num_classes=CLASSES, class_counts=contract.COUNTS, num_examples=contract.EXAMPLES, num_domains=contract.DOMAINS)
+    sizes = dict(
+        num_classes=CLASSES, class_counts=contract.COUNTS, num_examples=contract.EXAMPLES, num_domains=contract.DOMAINS
+    )
     objective = pj.objective(contract.LINE, links, replays=8, **sizes, **options)
     place = dict(key=jax.random.key(0), step=EPOCH, progress=0.62, epoch=1, stats=stats)
 
