@@ -137,11 +137,16 @@ def needs(bound: Bound | None, split: Split) -> tuple[str, ...]:
     """What a link with this bound and split must be given (see Perturbation.needs).
 
     Raises:
-      ValueError: the bound is made of accuracies, and the split keeps none.
+      ValueError: the bound is made of accuracies, and the split keeps none; or it is varied, and the split's τ beyond all of them.
     """
     if needs_accuracy(bound):
         _accuracy_of(split)
     inner = bound.bound if isinstance(bound, LayerScaled) else bound
+    if isinstance(inner, Varied) and not is_traced(split.share):
+        if split.share is not None and np.max(split.share) > 1:
+            raise ValueError(
+                f"varied needs a split whose tau is in [0, 1], as the accuracies that it is compared with, got {split.share}. Write tau=1."
+            )
     return ("class_counts",) if isinstance(inner, VariedByFrequency) else split.needs
 
 
@@ -169,6 +174,8 @@ def _share(bound: Varied | VariedByFrequency, split: Split, state: Any, context:
     """What Δε is multiplied with, in [0, 1]: [C]."""
     if isinstance(bound, Varied):
         s, tau = split.statistic(state, context, bound.statistic)
+        if is_traced(split.share):  # other numbers were seen by `needs`
+            tau = jnp.where(jnp.asarray(split.share, tau.dtype) > 1, jnp.nan, tau)
         return jnp.abs(jnp.clip(tau, 0, 1) - s)
     n = jnp.asarray(context.class_counts, jnp.float32)
     s = n if bound.of == "prior" else _accuracy_of(split)(state, context)

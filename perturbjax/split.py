@@ -44,6 +44,7 @@ class Split(NamedTuple):
     statistic: Callable[[Any, Context, str], tuple[jax.Array, jax.Array]]  # (s_c in [0, 1] [C], τ on the same scale [])
     needs: tuple[str, ...] = ()  # what the link must be given: "class_counts"
     accuracy: Callable[[Any, Context], jax.Array] | None = None  # q̄ [C], where the split keeps it
+    share: Any = None  # τ of a split whose s_c are shares, where it is a number; above 1 a varied bound is none
 
 
 SCALES = ("rank", "linear", "log")
@@ -100,6 +101,7 @@ def by_accuracy(
         direction,
         lambda state, context, scale: (state.mean, jnp.clip(_threshold(tau, state.mean, counted(state)), 0, 1)),
         accuracy=lambda state, context: state.mean,
+        share=None if isinstance(tau, str) else tau,
     )
 
 
