@@ -95,6 +95,7 @@ from perturbjax.loss.self_paced import loss_quantile, self_paced, self_paced_los
 from perturbjax.loss.svm import margins, slack, svm
 from perturbjax.loss.teacher import Teacher, load_teacher
 from perturbjax.method import Coordinates, method
+from perturbjax.names import near as _near
 from perturbjax.optimizer_check import check_optimizer
 from perturbjax.parameter.amp import amp, amp_project
 from perturbjax.parameter.asam import asam, asam_ascent
@@ -115,10 +116,13 @@ __version__ = "0.1.0"
 if not typing.TYPE_CHECKING:  # a type checker would take every name for known
 
     def __getattr__(name: str):
-        """Says what the short name of the command line is called here."""
+        """Says what the short name of the command line is called here, and the nearest name to one that isn't there."""
         aliases = {getattr(value, "alias", None): key for key, value in list(globals().items())} | {"erm": "ce"}
         if name in aliases:
             raise AttributeError(f"perturbjax has no {name!r}. Write pj.{aliases[name]}.")
+        if not name.startswith("_") and (close := _near(name, [*__all__, *(alias for alias in aliases if alias)], 1)):
+            meant = aliases.get(close[0], close[0])
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}. Write pj.{meant}.")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

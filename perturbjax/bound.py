@@ -52,7 +52,7 @@ Bound = ArrayLike | Varied | VariedByFrequency | LayerScaled | Course | Callable
 
 
 def varied(
-    *, eps: ArrayLike | None = None, delta_eps: ArrayLike | None = None, statistic: Literal["rank", "linear", "log"] = "rank"
+    eps: ArrayLike | None = None, delta_eps: ArrayLike | None = None, statistic: Literal["rank", "linear", "log"] = "rank"
 ) -> Varied:
     """ε_c = ε + Δε·|τ − s_c|: classes further from the split's threshold get a larger bound.
 
@@ -67,7 +67,7 @@ def varied(
 
 
 def varied_by_frequency(
-    *, eps: ArrayLike | None = None, delta_eps: ArrayLike | None = None, of: Literal["prior", "accuracy"] = "prior"
+    eps: ArrayLike | None = None, delta_eps: ArrayLike | None = None, of: Literal["prior", "accuracy"] = "prior"
 ) -> VariedByFrequency:
     """Head classes ε + Δε·s_c/s_1, tail classes ε + Δε·s_C/s_c, with s the class prior π (the official code) or q̄ (as printed).
 
@@ -80,7 +80,7 @@ def varied_by_frequency(
     return VariedByFrequency(eps, delta_eps, of)
 
 
-def layer_scaled(bound: Bound | None = None, *, beta: ArrayLike = 0.7) -> LayerScaled:
+def layer_scaled(bound: Bound | None = None, beta: ArrayLike = 0.7) -> LayerScaled:
     """γ_l = β^(L−l) times `bound` at site number l (logits: stages + 1; features count as the last stage)."""
     check_number("layer_scaled", low=0, high=1, open_low=True, beta=beta)
     return LayerScaled(bound, beta)
@@ -137,11 +137,16 @@ def needs(bound: Bound | None, split: Split) -> tuple[str, ...]:
     """What a link with this bound and split must be given (see Perturbation.needs).
 
     Raises:
-      ValueError: the bound is made of accuracies, and the split keeps none.
+      ValueError: the bound is made of accuracies, and the split keeps none; or it is varied, and the split's τ beyond all of them.
     """
     if needs_accuracy(bound):
         _accuracy_of(split)
     inner = bound.bound if isinstance(bound, LayerScaled) else bound
+    if isinstance(inner, Varied) and not is_traced(split.share):
+        if split.share is not None and np.max(split.share) > 1:
+            raise ValueError(
+                f"varied needs a split whose tau is in [0, 1], as the accuracies that it is compared with, got {split.share}. Write tau=1."
+            )
     return ("class_counts",) if isinstance(inner, VariedByFrequency) else split.needs
 
 
@@ -169,6 +174,8 @@ def _share(bound: Varied | VariedByFrequency, split: Split, state: Any, context:
     """What Δε is multiplied with, in [0, 1]: [C]."""
     if isinstance(bound, Varied):
         s, tau = split.statistic(state, context, bound.statistic)
+        if is_traced(split.share):  # other numbers were seen by `needs`
+            tau = jnp.where(jnp.asarray(split.share, tau.dtype) > 1, jnp.nan, tau)
         return jnp.abs(jnp.clip(tau, 0, 1) - s)
     n = jnp.asarray(context.class_counts, jnp.float32)
     s = n if bound.of == "prior" else _accuracy_of(split)(state, context)

@@ -4,12 +4,13 @@ Every message follows one form: `{function} needs {what}, got {value}. {The line
 looked at and pass unchecked: whoever builds a method inside a trace builds it once outside first (the trainer does).
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+from perturbjax.names import near
 
 
 def is_traced(value: Any) -> bool:
@@ -59,7 +60,7 @@ def _instead(function: str, name: str, low: float, high: float, open_low: bool, 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that names the closest known name (if any is close) and lists them all."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = near(name, known, 1)
     return (f"Did you mean {close[0]!r}? " if close else "") + f"There are: {', '.join(known)}."
 
 

@@ -34,9 +34,9 @@ class Batch(NamedTuple):
     """One batch of training data; the objective fills in what is None."""
 
     inputs: jax.Array  # [B, ...]
-    labels: jax.Array  # [B] int32
+    labels: jax.Array  # [B] int32 in 0..C-1; others are an error outside jit and make the loss nan inside
     targets: jax.Array | None = None  # [B, C]; None: one-hot labels
-    weights: jax.Array | None = None  # [B]; None: ones
+    weights: jax.Array | None = None  # [B]; None: ones; a sample with weight 0 is padding, whose label may be any
     index: jax.Array | None = None  # [B]; None: 0..B-1, an error for links that keep tables by sample
     side: Mapping[str, jax.Array] = {}
 
@@ -144,6 +144,8 @@ class Objective:
         count, num_classes = inputs.shape[0], self.context.num_classes
         self._check_shapes(data, weights)
         self._check_labels(labels, data.weights)
+        if labels.dtype.itemsize < 4:  # one-hot rows of 300 classes need numbers that go beyond uint8
+            labels = labels.astype(jnp.int32)
         dtype = at_least_float32(inputs.dtype)
         targets = jax.nn.one_hot(labels, num_classes, dtype=dtype) if data.targets is None else data.targets
         weight = lambda given: jnp.ones([count], dtype) if given is None else jnp.asarray(given, dtype)
@@ -151,7 +153,7 @@ class Objective:
             value=inputs,
             labels=labels,
             targets=jnp.asarray(targets, dtype),
-            weights=weight(data.weights) * weight(weights),
+            weights=self._counted(labels, weight(data.weights)) * weight(weights),
             index=jnp.arange(count, dtype=jnp.int32) if data.index is None else data.index,
             side=data.side if self.line.side is None else {**data.side, **self.line.side(inputs)},
             trace={},
@@ -184,10 +186,19 @@ class Objective:
             raise ValueError(f"objective needs {name} {axes} = {shape}, got {np.shape(value)}. {how}")
 
     def _check_labels(self, labels: jax.Array, weights: ArrayLike | None) -> None:
-        """Raises ValueError for labels outside 0..C-1 where they can be seen; those of samples with weight 0 are padding."""
+        """Raises ValueError for labels that are no integers, and for some outside 0..C-1 where they can be seen; those of samples with
+        weight 0 are padding."""
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(f"objective needs integer labels, got {labels.dtype}. Cast them: labels.astype(jnp.int32).")
         if not is_traced((labels, weights)) and labels.is_fully_addressable:
             counted = labels if weights is None else np.where(np.asarray(weights) != 0, np.asarray(labels), 0)
             check_labels("objective", counted, self.context.num_classes)
+
+    def _counted(self, labels: jax.Array, weights: jax.Array) -> jax.Array:
+        """The sample weights [B]; nan for labels outside 0..C-1, so that loss and gradient tell what can't be an error in jit. With
+        weight 0 such a sample is padding."""
+        outside = (labels < 0) | (labels >= self.context.num_classes)
+        return jnp.where(outside & (weights != 0), jnp.asarray(jnp.nan, weights.dtype), weights)
 
     def _outside(self, index: jax.Array | None, count: int) -> jax.Array:
         """[B] zeros; nan for positions beyond the tables by sample, if a link keeps any: the loss then tells what can't be an error in jit."""

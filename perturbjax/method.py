@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from perturbjax.link import Perturbation
+from perturbjax.names import by_name
 from perturbjax.optimizer_link import GRADIENTS as GRADIENT_KINDS
 from perturbjax.optimizer_link import Gradient
 from perturbjax.optimizer_link import named as named_link
@@ -63,8 +64,8 @@ def method(
 
     def wrap(factory: Callable) -> Callable:
         @functools.wraps(factory)
-        def named(**settings):
-            return _named(factory(**settings), factory.__name__, gradient)
+        def named(*values, **settings):
+            return _named(factory(**by_name(factory, values, settings)), factory.__name__, gradient)
 
         make: Any = named
         make.coordinates, make.cite, make.off, make.alias = coordinates, cite, off, alias

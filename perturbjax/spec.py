@@ -13,7 +13,6 @@ what must be static (structure) from what may be traced (numbers), so that one c
     step = jax.jit(lambda numbers, batch: ... build(structure, numbers, registry, helpers) ...)
 """
 
-import difflib
 import functools
 import inspect
 import math
@@ -27,6 +26,8 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from perturbjax import names
 
 Registry = Mapping[str, Callable[..., Any]]
 
@@ -370,18 +371,14 @@ def resolve(chain: Sequence[Call], registry: Registry, helpers: Registry | None 
 def _resolve_call(call: Call, table: Registry, helpers: Registry) -> Call:
     name = call.name
     if name not in table:
-        known = _join(table, "or")
-        raise ValueError(f"a spec needs a known name ({known}), got {name}. Write {_nearest(name, table) or 'one of these'}.")
+        raise ValueError(names.unknown_name(name, table))
     parameters = _parameters(table[name])
     if surplus := call.args[len(parameters) :]:
-        most = f"{len(parameters)} setting{'s' * (len(parameters) != 1)} ({_join(parameters, 'and')})"
-        raise ValueError(f"{name} needs at most {most}, got {_write(call)}. Remove the last {len(surplus)}.")
+        raise ValueError(names.too_many(name, parameters, _write(call), len(surplus)))
     given = dict(zip(parameters, call.args, strict=False))
     for key, value in call.kwargs:
         if key not in parameters:
-            known, near, typed = _join(parameters, "or"), _nearest(key, parameters), _write(value)
-            line = f"Write {name}({near}={typed})" if near else "Remove it"
-            raise ValueError(f"{name} needs a setting that it has ({known}), got {key}={typed}. {line}.")
+            raise ValueError(names.unknown_setting(name, key, _write(value), parameters))
         if key in given:
             raise ValueError(f"{name} needs {key} once, got {_write(call)}. Remove {key}={_write(value)}.")
         given[key] = value
@@ -420,7 +417,7 @@ def _describe(accepts: Accepts, helpers: Registry) -> str:
     lists = {True: "a list of numbers", False: "a list"}
     parts = [_write(x) for x in accepts.literals] + [text for kind, text in PLAIN.items() if kind in accepts.plain]
     parts += [lists[s is jax.Array] for s in accepts.sequences] + ["any value"] * (object in accepts.plain)
-    return _join(parts + [f"{name}(...)" for name in _fitting(accepts, helpers)], "or")
+    return names.listed(parts + [f"{name}(...)" for name in _fitting(accepts, helpers)], "or")
 
 
 def _suggest(value: Any, parameter: inspect.Parameter, helpers: Registry) -> str:
@@ -443,12 +440,7 @@ def _fitting(accepts: Accepts, helpers: Registry) -> list[str]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    return next(iter(difflib.get_close_matches(name, [*known], 1, 0.5)), "")
-
-
-def _join(parts: Iterable[str], last: str) -> str:
-    *head, tail = [*parts] or ["none"]
-    return f"{', '.join(head)} {last} {tail}" if head else tail
+    return next(iter(names.near(name, known, 1)), "")
 
 
 # -------------------------------------------------------------------------------------- calls -> structure and numbers
@@ -496,9 +488,9 @@ def _split_call(call: Call, table: Registry, helpers: Registry, numbers: list[fl
         concrete = _settings(replace(call, kwargs=tuple(values.items())), (), table, helpers)
         static = factory.resolve_structure(defaults | concrete)
         if unknown := set(static) - set(parameters):
-            known = _join(parameters, "and")
+            known = names.listed(parameters, "and")
             raise ValueError(
-                f"{call.name}.resolve_structure needs to return settings of {call.name}, got {_join(sorted(unknown), 'and')}. "
+                f"{call.name}.resolve_structure needs to return settings of {call.name}, got {names.listed(sorted(unknown), 'and')}. "
                 f"Return only these: {known}."
             )
     settings = (

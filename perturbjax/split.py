@@ -44,13 +44,13 @@ class Split(NamedTuple):
     statistic: Callable[[Any, Context, str], tuple[jax.Array, jax.Array]]  # (s_c in [0, 1] [C], τ on the same scale [])
     needs: tuple[str, ...] = ()  # what the link must be given: "class_counts"
     accuracy: Callable[[Any, Context], jax.Array] | None = None  # q̄ [C], where the split keeps it
+    share: Any = None  # τ of a split whose s_c are shares, where it is a number; above 1 a varied bound is none
 
 
 SCALES = ("rank", "linear", "log")
 
 
 def by_accuracy(
-    *,
     tau: ArrayLike | str = "mean",
     measure: Literal["probability", "top1"] = "probability",
     update: Literal["step", "epoch", "batch"] = "step",
@@ -101,11 +101,12 @@ def by_accuracy(
         direction,
         lambda state, context, scale: (state.mean, jnp.clip(_threshold(tau, state.mean, counted(state)), 0, 1)),
         accuracy=lambda state, context: state.mean,
+        share=None if isinstance(tau, str) else tau,
     )
 
 
 def by_frequency(
-    *, tau: ArrayLike | str | None = None, rule: Literal["rank", "count"] = "rank", accuracy: Split | None = None
+    tau: ArrayLike | str | None = None, rule: Literal["rank", "count"] = "rank", accuracy: Split | None = None
 ) -> Split:
     """+1 for the rare classes.
 
@@ -175,7 +176,7 @@ class VarianceState(NamedTuple):
     square: RunningMean  # of ‖h‖²: [C]
 
 
-def by_variance(*, tau: ArrayLike | str = "mean", update: Update = "epoch", decay: ArrayLike = 0.9) -> Split:
+def by_variance(tau: ArrayLike | str = "mean", update: Update = "epoch", decay: ArrayLike = 0.9) -> Split:
     """−1 for the classes whose logit gradients h = p − y scatter most (many wrong labels): Var(h_c) = E‖h‖² − ‖E h‖² > τ.
 
     Args:
@@ -216,7 +217,7 @@ def by_variance(*, tau: ArrayLike | str = "mean", update: Update = "epoch", deca
     return Split(init, advance, direction, statistic)
 
 
-def all_classes(*, direction: ArrayLike = 1.0) -> Split:
+def all_classes(direction: ArrayLike = 1.0) -> Split:
     """The same direction (a number), or a given one per class ([C])."""
     check_number("all_classes", low=-1, high=1, direction=direction)
 

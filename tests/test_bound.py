@@ -277,6 +277,23 @@ def test_what_a_bound_needs():
     assert needs(pj.layer_scaled(pj.varied_by_frequency()), pj.by_accuracy()) == counts
 
 
+@pytest.mark.parametrize("make", [pj.lpl, pj.lpg, pj.lpa], ids=lambda f: f.__name__)
+def test_a_varied_bound_takes_no_threshold_beyond_all_accuracies(make):
+    """Clipped to 1, τ = 1.5 would give other bounds than eq. 18; bounds that are not made of τ take it (all classes are raised)."""
+    for bound in (pj.varied(0.1, 0.2), pj.layer_scaled(pj.varied())):
+        with pytest.raises(ValueError, match=r"varied needs a split whose tau is in \[0, 1\], .*, got 1\.5\. Write tau=1\."):
+            make(bound=bound, split="accuracy", tau=1.5)
+        make(bound=bound, split="accuracy", tau=1.0)
+    make(bound=0.1, split="accuracy", tau=1.5)
+    make(bound=pj.varied(), split=pj.by_frequency(rule="count", tau=20))  # samples, not a share
+
+
+def test_a_traced_threshold_beyond_all_accuracies_gives_nan():
+    found = jax.jit(lambda tau: eps(pj.varied(eps=0.2, delta_eps=0.4), pj.by_accuracy(tau=tau), ACCURACY))
+    assert np.isnan(found(1.5)).all()
+    close(found(0.7), 0.2 + 0.4 * np.abs(0.7 - Q))
+
+
 def test_bounds_that_pass():
     for bound in (0, 0.5, np.inf, np.ones(3), None, pj.varied(), pj.layer_scaled(0.1), pj.layer_scaled(), lambda step: 0.1):
         check_bound("f", bound)

@@ -33,15 +33,15 @@ def sparse_shift(outputs: jax.Array, targets: jax.Array, *, weight: ArrayLike) -
     target="feature", direction=(-1,), inference="regularised", granularity="sample",
     cite="Slawski & Ben-David, EJS 2019", off=None, alias="rr",
 )  # fmt: skip
-def robust_regression(*, weight: ArrayLike = 0.5, space: Literal["logit", "probability"] = "logit") -> Perturbation:
+def robust_regression(*, weight: ArrayLike = 0.5, space: Literal["logit", "probability"] = "probability") -> Perturbation:
     """Robust regression: Huber's loss of the logits (or probabilities), for samples whose label does not belong to them.
 
-    Replaces the cross entropy, so it comes before the other links of the loss. With logits it wants a lower learning rate, and
-    starts slowly; with probabilities it trains like cross entropy.
+    Replaces the cross entropy, so it comes before the other links of the loss. With probabilities it trains like cross entropy; with
+    logits, the original's own outputs, most nets stay at the median of the targets, which is 0.
 
     Args:
       weight: λ > 0; residuals count squared up to λ/2 (everywhere, in `space` "probability", for λ ≥ 2).
-      space: shift logits or probabilities.
+      space: shift probabilities or logits.
 
     Metrics: shifted, the share of the outputs that are.
     """

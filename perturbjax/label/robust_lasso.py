@@ -45,15 +45,15 @@ def outputs_of(flow: Flow, space: Literal["logit", "probability"]) -> jax.Array:
     target="label", direction=(-1,), inference="regularised", granularity="sample",
     cite="Nguyen & Tran, IEEE TIT 2013", off=None, alias="rlasso",
 )  # fmt: skip
-def robust_lasso(*, weight: ArrayLike = 0.5, space: Literal["logit", "probability"] = "logit") -> Perturbation:
+def robust_lasso(*, weight: ArrayLike = 0.5, space: Literal["logit", "probability"] = "probability") -> Perturbation:
     """Robust LASSO: Huber's loss of logits (or probabilities) against the targets, for wrong labels.
 
-    Replaces the cross entropy, so it comes before the other links of the loss. With logits it wants a lower learning rate, and
-    starts slowly: each entry's target is mostly 0, which is also the median. With probabilities it trains like cross entropy.
+    Replaces the cross entropy, so it comes before the other links of the loss. With probabilities it trains like cross
+    entropy; with logits most nets stay where they begin: each entry's target is mostly 0, which is also the median.
 
     Args:
       weight: λ > 0; residuals count squared up to λ/2 (everywhere, in `space` "probability", for λ ≥ 2).
-      space: compare logits or probabilities with the targets.
+      space: compare probabilities or logits with the targets.
     """
     check_number("robust_lasso", low=0, open_low=True, weight=weight)
     check_choice("robust_lasso", "space", space, ("logit", "probability"))

@@ -37,7 +37,7 @@ class ProportionalSteps(NamedTuple):
 Steps = ArrayLike | HeadTailSteps | ProportionalSteps
 
 
-def head_tail_steps(*, most: ArrayLike = 10.0, head: ArrayLike = 0.6) -> HeadTailSteps:
+def head_tail_steps(most: ArrayLike = 10.0, head: ArrayLike = 0.6) -> HeadTailSteps:
     """By the number of samples: the rarest class takes `most` steps, the most frequent one `most`·`head`.
 
     The code has most = 10, head = 0.6 for CIFAR-10-LT; 40 and 0.2 for CIFAR-100-LT; 50 and 0.2 for LA + LPL there.
@@ -48,7 +48,7 @@ def head_tail_steps(*, most: ArrayLike = 10.0, head: ArrayLike = 0.6) -> HeadTai
 
 
 def proportional_steps(
-    *, most: ArrayLike = 10.0, base: ArrayLike = 0.0, counted: Literal["once", "twice"] = "once"
+    most: ArrayLike = 10.0, base: ArrayLike = 0.0, counted: Literal["once", "twice"] = "once"
 ) -> ProportionalSteps:
     """By the distance of q̄_c from τ: `base` + 1 … `base` + `most` steps, the furthest of each sign group the most.
 

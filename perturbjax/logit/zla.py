@@ -18,6 +18,8 @@ from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.method import method
 from perturbjax.split import by_frequency
 
+HALF = 0.5  # of the classes are seen where nothing is said, and the counts agree
+
 
 def zla_delta(class_counts: ArrayLike, unseen: ArrayLike, *, ratio: ArrayLike = 1000.0) -> jax.Array:
     """log π_{c|G(c)} + log ρ_{G(c)}: [C], the log of a distribution.
@@ -46,23 +48,42 @@ def zla_delta(class_counts: ArrayLike, unseen: ArrayLike, *, ratio: ArrayLike = 
     return within + jnp.where(apart, jax.nn.log_sigmoid(-log_ratio), jax.nn.log_sigmoid(log_ratio))
 
 
+def _check_that_counts_tell(class_counts: ArrayLike, rare: jax.Array) -> None:
+    """Raises ValueError unless the rare classes [C] have at most half as many samples as the others, by the mean of a class."""
+    if is_traced((class_counts, rare)):
+        return
+    n, apart = np.asarray(class_counts, float), np.asarray(rare)
+    seen, unseen = n[~apart].mean() if (~apart).any() else 0.0, n[apart].mean()
+    if 2 * unseen > seen:
+        raise ValueError(
+            f"zla needs to know which classes are unseen, got counts that don't tell: the rarer half has {unseen:.4g} samples a class, the "
+            f"other {seen:.4g}. Write zla(unseen=[{np.flatnonzero(apart)[0]}, ...]), or zla(share=0.5) for the most frequent half as the "
+            "seen classes."
+        )
+
+
 @method(
     target="logit", direction=(+1, -1), inference="prior", granularity="corpus",
     cite="Chen et al., IJCAI 2022", off=dict(tau=0.0),
 )  # fmt: skip
 def zla(
-    *, ratio: ArrayLike = 1000.0, tau: ArrayLike = 1.0, share: ArrayLike = 0.5, unseen: tuple[int, ...] | None = None
+    *, ratio: ArrayLike = 1000.0, tau: ArrayLike = 1.0, share: ArrayLike | None = None, unseen: tuple[int, ...] | None = None
 ) -> Perturbation:
     """ZLA: logit adjustment by a prior on two levels, seen and unseen classes. Evaluation uses the plain logits.
 
     Args:
       ratio: ρ_seen/ρ_unseen. tau: factor of the whole log prior, as in LA.
-      unseen: the unseen (synthetic) classes, by number. None: all but the `share` of classes that are most frequent.
+      share: of the classes, the most frequent ones, which are seen; 1 for all (LA). None: half of them, if the others are rare.
+      unseen: the unseen (synthetic) classes, by number. None: those that `share` leaves.
+
+    Raises:
+      ValueError: at init, where neither is given and the counts don't tell: the rarer half has more than half as many samples a class as
+        the other. Taken for unseen, such classes are hardly learnt (the prior says that they almost never come).
     """
     check_number("zla", low=0, open_low=True, ratio=ratio)
     check_number("zla", tau=tau)
     check_number("zla", low=0, high=1, share=share)
-    split = by_frequency(tau=share)
+    split = by_frequency(tau=HALF if share is None else share)
 
     def shift(context: Context) -> jax.Array:
         if unseen is None:
@@ -73,6 +94,8 @@ def zla(
         return zla_delta(context.class_counts, np.isin(np.arange(context.num_classes), unseen), ratio=ratio)
 
     def init(context: Context) -> tuple:
+        if unseen is None and share is None:
+            _check_that_counts_tell(context.class_counts, split.direction((), context) > 0)
         shift(context)  # a seen class without samples, or a class that isn't there, is found out here
         return ()
 

@@ -80,7 +80,7 @@ def akd(
             start=start, value_range=pixel_range(value_range, context), axis_name=context.axis_name,
         )  # fmt: skip
         found = divergence(flow.value + delta)
-        added = jnp.asarray(weight, found.dtype) * found
+        added = jnp.where(flow.weights != 0, jnp.asarray(weight, found.dtype) * found, 0)  # padding has no teacher
         metrics = {"divergence": found.mean(), "inner_evaluations": jnp.int32(num_steps + 1)}
         return flow._replace(penalty=flow.penalty + added.astype(flow.penalty.dtype)), state, metrics
 

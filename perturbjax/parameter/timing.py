@@ -83,7 +83,7 @@ class Course:
         return last + (first - last) * weight
 
 
-def cosine(*, first: ArrayLike = 1.0, last: ArrayLike = 0.0, cycles: int = 1, growth: ArrayLike = 1.0) -> Course:
+def cosine(first: ArrayLike = 1.0, last: ArrayLike = 0.0, cycles: int = 1, growth: ArrayLike = 1.0) -> Course:
     """From `first` down to `last` along half a cosine over the run; `cycles` > 1 starts again, each `growth` times as long.
 
     >>> half = Place(step=50, progress=0.5, value=None, rate=None)
@@ -96,13 +96,13 @@ def cosine(*, first: ArrayLike = 1.0, last: ArrayLike = 0.0, cycles: int = 1, gr
     return Course("cosine", first, last, cycles=cycles, growth=growth)
 
 
-def linear(*, first: ArrayLike = 1.0, last: ArrayLike = 0.0) -> Course:
+def linear(first: ArrayLike = 1.0, last: ArrayLike = 0.0) -> Course:
     """From `first` to `last` in a straight line over the run."""
     check_number("linear", first=first, last=last)
     return Course("linear", first, last)
 
 
-def by_rate(*, high: ArrayLike = 0.05, low: ArrayLike = 0.0, floor: ArrayLike = 0.0) -> Course:
+def by_rate(high: ArrayLike = 0.05, low: ArrayLike = 0.0, floor: ArrayLike = 0.0) -> Course:
     """GSAM's radius: `high` where the learning rate is highest, `low` where it is lowest, in proportion between.
 
     floor: the lowest learning rate over the highest; 0 for a cosine to zero. (Zhuang et al., ICLR 2022.)
@@ -262,14 +262,14 @@ def last(fraction: float = 0.5) -> Timing:
 
 
 @static("start")
-def every(steps: int = 2, *, start: float = 0.0) -> Timing:
+def every(steps: int = 2, start: float = 0.0) -> Timing:
     """Active at steps 0, k, 2k, ... with k = `steps`; with `start`, only after that share of the run."""
     check_number("every", low=1, steps=steps)
     check_number("every", low=0, high=1, start=start)
     return Timing(start=float(start), stride=int(steps))
 
 
-def plateau(*, patience: int = 100, threshold: ArrayLike = 1e-3, decay: ArrayLike = 0.9, stay: bool = True) -> Timing:
+def plateau(patience: int = 100, threshold: ArrayLike = 1e-3, decay: ArrayLike = 0.9, stay: bool = True) -> Timing:
     """Active once the running mean of the loss has not fallen by `threshold` (of itself) for `patience` steps.
 
     decay: of that running mean. stay: from then on for good; False: until the loss falls again.

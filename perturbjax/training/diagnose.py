@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,17 +53,51 @@ def explain(recipe: Recipe, dataset: Dataset, numbers: dict, seed: int, state: T
     feed = Feed(recipe, [dataset], [seed], Devices(), 1, streamed, False)
     data, arrays, step = feed.data(), as_arrays(numbers), compiled_step(recipe)
     before: tuple[TrainState, Call] | None = None
+    begun = jax.tree.map(jnp.copy, state)
+    plainly = lambda: trained_plainly(recipe, arrays, data, begun, feed, last)
     for call in feed.calls_here(int(state.step)):
         if call.first > last:
             break
         kept = jax.tree.map(jnp.copy, state)
         state, metrics, _ = step(state, arrays, data, call.index, call.images)
         if Trouble.of(float(metrics["loss"][0]), call.first, 0, recipe.num_classes) is not None:
-            return _Step(recipe, arrays, data, kept, call).verdict(before)
+            return _Step(recipe, arrays, data, kept, call, plainly).verdict(before)
         if not math.isfinite(largest(state.params)[1]):
-            return _Step(recipe, arrays, data, kept, call).update()
+            return _Step(recipe, arrays, data, kept, call, plainly).update()
         before = (kept, call)
     return "On a single device, step by step, it does not happen: the numbers are at the edge. Lower the learning rate."
+
+
+def trained_plainly(recipe: Recipe, numbers: dict, data: DeviceData, state: TrainState, feed: Feed, last: int) -> str:
+    """Sentences about plain training in the method's place, from this good state on, on the same batches up to step `last`."""
+    links, transforms = split_methods(recipe.build(numbers["method"]))
+    names = [link.name or "a link" for link in links] + [link_name(link) for link in transforms]
+    begin, method = int(state.step), " and ".join(dict.fromkeys(names))
+    plain = dataclasses.replace(recipe, build=_no_method)
+    state = jax.tree.map(
+        jnp.copy, state._replace(states=(), opt_state=state.opt_state[-1:])
+    )  # of the descent, behind all links
+    step, loss = compiled_step(plain), math.nan
+    for call in feed.calls_here(begin):
+        if call.first > last:
+            break
+        state, metrics, _ = step(state, numbers, data, call.index, call.images)
+        loss = float(metrics["loss"][0])
+        if Trouble.of(loss, call.first, 0, recipe.num_classes) is not None:
+            if begin == 0:
+                return "It started in plain cross entropy, before any perturbation: that alone goes the same way. Lower the learning rate."
+            return (
+                f"Plain cross entropy in its place from step {begin + 1} on goes the same way, but from weights that {method} had made: which "
+                "of them it was can't be told from here. Train ce with the same settings to see, or lower the learning rate."
+            )
+    return (
+        f"Plain cross entropy is not at fault: in its place from step {begin + 1} on, on the same batches, it has a loss of {loss:.3g} there. "
+        f"It was {method} that led to these weights: lower its bound, step size or radius, or the learning rate."
+    )
+
+
+def _no_method(numbers: Any) -> tuple:
+    return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +109,8 @@ class _Step:
     data: DeviceData
     state: TrainState
     call: Call
+    plainly: Callable[[], str]
+    """What plain training does in the method's place; trains."""
 
     def verdict(self, before: tuple[TrainState, Call] | None) -> str:
         name, size = largest(self.state.params)
@@ -90,6 +127,8 @@ class _Step:
         if first is None:  # no single loss is beyond the limit: all together
             return f"All samples' losses are large. {parameters} Lower the learning rate."
         worst = self.worst(losses[first])
+        if first == 0 and split_methods(self.recipe.build(self.numbers["method"])) != ((), ()):
+            return f"At the weights that this step began with, plain cross entropy is bad too: {worst}. {parameters} {self.plainly()}"
         if first == 0:
             return f"It started in plain cross entropy, before any perturbation: {worst}. {parameters} Lower the learning rate."
         link = made.links[first - 1]

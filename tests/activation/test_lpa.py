@@ -345,7 +345,7 @@ KNOW_THE_LABEL = {
     "ldam": lambda: pj.ldam(margin=3.0, scale=5.0),
     "cosface": lambda: pj.cosface(margin=3.0, scale=5.0),
     "adaptive_margin": lambda: pj.adaptive_margin(margin=1.0, scale=5.0),
-    "self_paced_logit": lambda: pj.self_paced_logit(tau=0.1),
+    "self_paced_logit": lambda: pj.self_paced_logit(tau=0.1, start=0.1),
 }
 
 

@@ -38,7 +38,9 @@ def test_the_shift_is_the_minimum():
 
 def test_a_wrong_label_pulls_no_harder_the_further_off_it_is():
     """The squared loss's gradient grows with the residual; this one's stops at λ."""
-    slope = lambda u: np.asarray(run(np.array([[u, 0.0, 0.0, 0.0]]), np.ones([1, 1]), np.array([1]), pj.robust_regression())[1])
+    slope = lambda u: np.asarray(
+        run(np.array([[u, 0.0, 0.0, 0.0]]), np.ones([1, 1]), np.array([1]), pj.robust_regression(space="logit"))[1]
+    )
     np.testing.assert_allclose(slope(3.0), slope(30.0))
     np.testing.assert_allclose(np.abs(slope(30.0)).max(), 0.5)
 

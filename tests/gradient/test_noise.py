@@ -28,6 +28,16 @@ def test_variance_is_eta_over_1_plus_t_to_the_gamma():
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.06
 
 
+@pytest.mark.parametrize("settings, drowned", [({}, False), (dict(eta=0.01), True)], ids=["default", "the paper's smallest"])
+def test_as_it_comes_the_noise_does_not_drown_a_small_convolutional_net_s_gradient(settings, drowned):
+    """ResNet-8 has 78,000 parameters and a gradient of norm 1 or so: against it the noise's norm √(η·d)/(1 + t)^(γ/2) counts."""
+    grads = {"w": jnp.full([78_000], 1 / 78_000**0.5)}
+    link = pj.gradient_noise(**settings)
+    state = link.init(grads)._replace(count=jnp.int32(100))  # of 2,000 steps
+    noise = link.update(grads, state, key=jax.random.key(0))[0]["w"] - grads["w"]
+    assert (float(jnp.linalg.norm(noise)) > 1) == drowned
+
+
 def test_the_same_key_gives_optax_s_numbers():
     link, other = pj.gradient_noise(eta=0.1), optax.add_noise(0.1, 0.55, jax.random.key(3))
     noisy, _ = link.update(GRADS, link.init(GRADS), key=jax.random.key(3))

@@ -45,7 +45,7 @@ def test_it_is_self_paced_learning(problem):
     """Eqs. 63–65: loss ratio and weight 1 below τ, about 0 above; so is the gradient."""
     w, x, y = problem
     u = x @ w
-    out, grad = run(w, x, y, tau=1.0, growth=1e-9)
+    out, grad = run(w, x, y, tau=1.0, growth=1e-9, start=0.1, progress=0.5)
     kept = cross_entropy(u, y) < np.log(C)
     ratio = np.asarray(out.losses) / cross_entropy(u, y)
     np.testing.assert_allclose(ratio[kept], 1, rtol=1e-12)
@@ -56,9 +56,9 @@ def test_it_is_self_paced_learning(problem):
 
 
 def test_threshold_grows_with_training_and_lets_more_samples_in(problem):
-    found = [run(*problem, progress=t, tau=0.5, growth=3.0)[0].metrics for t in (0.0, 0.5, 1.0)]
+    found = [run(*problem, progress=t, tau=0.5, growth=3.0, start=0.01)[0].metrics for t in (0.02, 0.5, 1.0)]
     threshold = [f["self_paced_logit/threshold"] for f in found]
-    np.testing.assert_allclose(threshold, 0.5 * np.log(C) * np.array([1, 2.5, 4]), rtol=1e-6)
+    np.testing.assert_allclose(threshold, 0.5 * np.log(C) * np.array([1.06, 2.5, 4]), rtol=1e-6)
     taken = [float(f["self_paced_logit/taken_in"]) for f in found]
     assert taken == sorted(taken) and taken[0] < taken[-1]
 
@@ -70,6 +70,28 @@ def test_an_infinite_threshold_is_plain_training_bit_for_bit(problem):
     (_, expected), plain_grad = jax.value_and_grad(plain, has_aux=True)(w, (), pj.batch(x, jnp.asarray(y)))
     np.testing.assert_array_equal(out.losses, expected.losses)
     np.testing.assert_array_equal(grad, plain_grad)
+
+
+def test_before_its_start_it_is_plain_training(problem):
+    w, x, y = problem
+    (plain, plain_grad), (before, grad) = (
+        run(w, x, y, progress=0.1, **s) for s in (dict(tau=np.inf), dict(tau=0.5, start=0.2))
+    )
+    np.testing.assert_array_equal(before.losses, plain.losses)
+    np.testing.assert_array_equal(grad, plain_grad)
+    assert before.metrics["self_paced_logit/taken_in"] == 1
+    after, grad = run(w, x, y, progress=0.2, tau=0.5, start=0.2)
+    assert np.abs(grad - plain_grad).max() > 1e-2 and after.metrics["self_paced_logit/taken_in"] < 1
+
+
+def test_a_threshold_below_the_loss_of_knowing_nothing_is_an_error_from_the_first_step_on():
+    for tau in (0.5, 1.0):
+        with pytest.raises(
+            ValueError, match=rf"self_paced_logit needs tau > 1 .*, got {tau}: .* Write tau=1\.5, or tau={tau}, start=0\.2"
+        ):
+            pj.self_paced_logit(tau=tau)
+        pj.self_paced_logit(tau=tau, start=0.2)
+    jax.jit(lambda tau: run(jnp.ones([3, C]), jnp.ones([2, 3]), np.array([0, 1]), tau=tau)[1])(0.5)  # can't be seen
 
 
 def test_the_largest_logit_is_that_of_all_devices():

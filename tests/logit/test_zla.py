@@ -54,6 +54,20 @@ def test_without_names_the_rare_classes_are_the_unseen_ones():
     np.testing.assert_allclose(run(pj.zla(ratio=50.0)), np.tile(expected, [7, 1]), rtol=1e-6)  # ⌊0.5·5⌋ = 2 too
 
 
+@pytest.mark.parametrize("counts", [[20] * C, [142, 139, 145, 143, 140], [50, 40, 30, 20, 20]])
+def test_where_counts_do_not_tell_the_unseen_classes_it_asks_for_them(counts):
+    """On balanced data half of the classes would be taken for unseen, and hardly be learnt."""
+    counts = np.array(counts)
+    with pytest.raises(
+        ValueError, match=r"^zla needs to know which classes are unseen, got counts .* Write zla\(unseen=\[\d, \.\.\.\]\), or"
+    ):
+        run(pj.zla(), counts)
+    share = np.log(prior(counts, np.argsort(np.argsort(-counts, kind="stable")) >= 2, 1000.0))
+    np.testing.assert_allclose(run(pj.zla(share=0.5), counts), np.tile(share, [7, 1]), rtol=1e-6)  # asked for, it is done
+    named = np.log(prior(counts, np.arange(C) == 1, 1000.0))
+    np.testing.assert_allclose(run(pj.zla(unseen=(1,)), counts), np.tile(named, [7, 1]), rtol=1e-6)
+
+
 def test_a_large_ratio_favours_the_seen_classes_in_training_and_so_raises_the_losses_of_the_unseen():
     shift = run(pj.zla(ratio=1000.0, unseen=(2, 4)))[0]
     assert shift[~UNSEEN].min() > shift[UNSEEN].max()

@@ -295,6 +295,13 @@ def nan_update(when):
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+def overshoot(when):
+    def update(updates, state, params=None, *, step=None, **extra):
+        return jax.tree.map(lambda g: jnp.where(step >= when, 1e12, 1.0) * g, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 CASES = {
     "a link of the loss": (
         lambda n: (pj.lpl(), explode("stage2", 4)), {},
@@ -308,6 +315,20 @@ CASES = {
     "a link behind one of optax's own": (  # which takes no arguments beside the gradient
         lambda n: (pj.gradient_clipping(bound=1.0), pj.ngd(), nan_update(3)), {},
         r"at step 5 .* It started in the update of step 4, at nan_update \(link 3 of the optimiser\)",
+    ),
+    "a link that drives the weights apart": (  # every loss is bad then, the plain one too, which has done nothing
+        lambda n: (overshoot(2),), {},
+        r"At the weights that this step began with, plain cross entropy is bad too: .* from step \d on goes the same way, "
+        r"but from weights that overshoot had made: which of them it was can't be told from here\. Train ce with the same settings to see",
+    ),
+    "links of both kinds that do so": (
+        lambda n: (pj.lpg(bound=1e12, direction=1.0, clamp=False), pj.sam()), {},
+        r"Plain cross entropy is not at fault: in its place from step \d on, on the same batches, it has a loss of \d\.\d+ there\. "
+        r"It was lpg and sam that led to these weights",
+    ),
+    "a learning rate at which plain training goes the same way": (
+        lambda n: (pj.lpl(), pj.sam()), {"learning_rate": 1e30},
+        r"plain cross entropy is bad too: .* It started in plain cross entropy, before any perturbation: that alone goes the same way",
     ),
     "the learning rate": (
         plain, {"learning_rate": 1e30},
