@@ -65,7 +65,7 @@ def bootstrapping(
         if not previous:
             return BootstrappingState((), ())
         table = lambda shape, dtype: new_table("bootstrapping", "previous=True", context, shape, dtype)
-        return BootstrappingState(table((context.num_classes,), float), table((), bool))
+        return BootstrappingState(table((context.num_classes,), None), table((), bool))
 
     def apply(flow: Flow, rest: Rest, state: BootstrappingState, context: Context):
         log_p, weight = jax.lax.stop_gradient(flow.trace["prediction"]), amount

@@ -40,7 +40,7 @@ def online_label_smoothing(*, weight: ArrayLike = 0.5) -> Perturbation:
     check_number("online_label_smoothing", low=0, high=1, weight=weight)
 
     def init(context: Context) -> RunningMean:
-        return running_mean_init(context.num_classes, (context.num_classes,))
+        return running_mean_init(context.num_classes, (context.num_classes,), dtype=context.dtype)
 
     def apply(flow: Flow, rest: Rest, state: RunningMean, context: Context):
         log_p = jax.lax.stop_gradient(flow.trace["prediction"])

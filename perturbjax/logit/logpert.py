@@ -145,7 +145,7 @@ def logpert(
     rate = STEP_SIZES[inference] if step_size is None else step_size
 
     def init(context: Context) -> LogPertState:
-        table = lambda setting, shape=(), dtype=float: new_table("logpert", setting, context, shape, dtype)
+        table = lambda setting, shape=(), dtype=None: new_table("logpert", setting, context, shape, dtype)
         searched = f"inference={inference!r}"
         return LogPertState(
             delta=() if inference == "exact" else table(searched, (context.num_classes,)),

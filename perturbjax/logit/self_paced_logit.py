@@ -65,8 +65,8 @@ def self_paced_logit(*, tau: ArrayLike = 1.5, growth: ArrayLike = 1.0, scale: Ar
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         flow = keep_clean(flow, flow.value)  # what follows knows the label
-        pace = 1 + jnp.asarray(growth, jnp.float32) * jnp.asarray(context.progress, jnp.float32)
-        threshold = jnp.asarray(tau, jnp.float32) * jnp.log(float(context.num_classes)) * pace
+        pace = 1 + jnp.asarray(growth, context.dtype) * jnp.asarray(context.progress, context.dtype)
+        threshold = jnp.asarray(tau, context.dtype) * jnp.log(float(context.num_classes)) * pace
         delta = _lift(flow.value, flow.labels, threshold, scale, context.axis_name)
         left = jnp.mean((delta == 0).all(axis=-1).astype(jnp.float32))
         return flow._replace(value=flow.value + delta), state, {"taken_in": left, "threshold": threshold}

@@ -25,16 +25,16 @@ from perturbjax.method import method
 class DANNState(NamedTuple):
     """The classifier of domains."""
 
-    layers: tuple  # ((W [d_in, d_out], b [d_out]) of each layer), float32
+    layers: tuple  # ((W [d_in, d_out], b [d_out]) of each layer)
     moments: Any  # Adam's state
 
 
-def discriminator_init(key: jax.Array, sizes: tuple[int, ...]) -> tuple:
-    """((W, b), ...) of a network with these layer sizes (features, hidden ones, D): LeCun-normal W, zero b, float32."""
+def discriminator_init(key: jax.Array, sizes: tuple[int, ...], dtype: Any = jnp.float32) -> tuple:
+    """((W, b), ...) of a network with these layer sizes (features, hidden ones, D): LeCun-normal W, zero b."""
     draw = jax.nn.initializers.lecun_normal()
     pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
     keys = jax.random.split(key, len(pairs))
-    return tuple((draw(k, pair, jnp.float32), jnp.zeros([pair[1]], jnp.float32)) for k, pair in zip(keys, pairs, strict=True))
+    return tuple((draw(k, pair, dtype), jnp.zeros([pair[1]], dtype)) for k, pair in zip(keys, pairs, strict=True))
 
 
 def domain_losses(layers: tuple, features: jax.Array, domains: jax.Array) -> jax.Array:
@@ -79,7 +79,9 @@ def dann(
     def init(context: Context) -> DANNState:
         num_domains = check_domain_count("dann", context.num_domains)
         shape = context.site_shapes[context.site]
-        layers = discriminator_init(jax.random.key(0), (math.prod(shape[1:]), *[width] * (depth - 1), num_domains))
+        layers = discriminator_init(
+            jax.random.key(0), (math.prod(shape[1:]), *[width] * (depth - 1), num_domains), context.dtype
+        )
         return DANNState(layers, adam.init(layers))
 
     def apply(flow: Flow, rest: Rest, state: DANNState, context: Context):
