@@ -115,7 +115,7 @@ def largest(bound: Bound | None, *, default: float) -> float | None:
         return largest(bound.bound, default=default)
     if isinstance(bound, Varied | VariedByFrequency):
         eps, delta_eps = _amounts(bound, default)
-        return None if is_traced((eps, delta_eps)) else float(np.max(eps)) + float(np.max(delta_eps))
+        return None if is_traced((eps, delta_eps)) else float(np.max(np.asarray(eps))) + float(np.max(np.asarray(delta_eps)))
     if isinstance(bound, Course):
         ends = bound.first, bound.last
         return None if is_traced(ends) else max(map(float, ends))

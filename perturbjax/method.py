@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from perturbjax.checks import on_host
 from perturbjax.link import Perturbation
 
 
@@ -56,7 +57,7 @@ def method(
     def wrap(factory: Callable) -> Callable:
         @functools.wraps(factory)
         def named(**settings):
-            return _named(factory(**settings), factory.__name__)
+            return _named(factory(**{name: on_host(value) for name, value in settings.items()}), factory.__name__)
 
         make: Any = named
         make.coordinates, make.cite, make.off, make.alias = coordinates, cite, off, alias

@@ -148,9 +148,9 @@ def _needed(most: Any, step_size: Any, num_steps: Steps | None = None) -> float 
         return largest_steps(num_steps)
     if most is None or is_traced(step_size):
         return None
-    if not np.isfinite(most).all():
+    if not np.isfinite(np.asarray(most)).all():
         raise ValueError(f"lpl needs a finite bound, got {most}. It sets the number of steps, floor(bound / step_size).")
-    steps = float(np.floor(np.max(most) / np.min(step_size) + 1e-4))
+    steps = float(np.floor(np.max(np.asarray(most)) / np.min(np.asarray(step_size)) + 1e-4))
     if steps > MOST_STEPS:
         raise ValueError(
             f"lpl needs bound / step_size <= {MOST_STEPS} steps, got {steps:g}. Lower the bound, or raise step_size."

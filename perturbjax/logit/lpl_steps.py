@@ -95,9 +95,9 @@ def largest_steps(steps: Steps) -> float | None:
     if is_traced(steps):
         return None
     if isinstance(steps, HeadTailSteps):
-        return float(np.ceil(np.max(steps.most) * max(1.0, float(np.max(steps.head)))))
+        return float(np.ceil(np.max(np.asarray(steps.most)) * max(1.0, float(np.max(np.asarray(steps.head))))))
     if isinstance(steps, ProportionalSteps):
-        return float(np.ceil(np.max(steps.most)) + np.ceil(np.max(steps.base)))
+        return float(np.ceil(np.max(np.asarray(steps.most))) + np.ceil(np.max(np.asarray(steps.base))))
     return float(np.ceil(np.max(np.asarray(steps))))
 
 
