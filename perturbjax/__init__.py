@@ -85,7 +85,7 @@ from perturbjax.loss.coral import coral, coral_penalty
 from perturbjax.loss.dac import dac, dac_losses
 from perturbjax.loss.dann import dann, discriminator_init, domain_losses
 from perturbjax.loss.dsl import choose_prototypes, dsl, prototype_labels
-from perturbjax.loss.focal import focal, focal_factor
+from perturbjax.loss.focal import focal, focal_factor, sigmoid_focal_losses
 from perturbjax.loss.gce import gce, gce_terms
 from perturbjax.loss.kd import distillation_losses, kd
 from perturbjax.loss.nu_svm import nu_svm, nu_svm_losses
@@ -106,7 +106,7 @@ from perturbjax.parameter.looksam import looksam, looksam_across, looksam_reuse
 from perturbjax.parameter.pugd import pugd, pugd_ascent
 from perturbjax.parameter.rts import rts, rts_ascent, rts_direction
 from perturbjax.parameter.sam import sam, sam_ascent
-from perturbjax.parameter.swad import SWADAverage, swad, swad_interval, swad_window
+from perturbjax.parameter.swad import SWADAverage, swad, swad_counts, swad_interval, swad_window
 from perturbjax.parameter.timing import after, always, by_rate, cosine, every, last, linear, never, plateau
 from perturbjax.projection import project
 from perturbjax.split import Split, all_classes, by_accuracy, by_frequency, by_loss, by_loss_top, by_variance

@@ -98,15 +98,15 @@ def _radius(bound: Bound | None, *, default: float, split: Split, state: Any, co
         if site is None or context.level is None:
             raise ValueError("layer_scaled needs a site, got none. Use it with a method that has one, such as lpa(site=...).")
         inner = _radius(bound.bound, default=default, split=split, state=state, context=context, site=None)
-        return inner * jnp.asarray(bound.beta, jnp.float32) ** (context.level("logits") - context.level(site))
+        return inner * jnp.asarray(bound.beta, context.dtype) ** (context.level("logits") - context.level(site))
     if isinstance(bound, Varied | VariedByFrequency):
         eps, delta_eps = _amounts(bound, default)
         return eps + delta_eps * _share(bound, split, state, context)
     if isinstance(bound, Course):
-        value: Any = bound.at(Place(step=None, progress=context.progress, value=None, rate=None))
+        value: Any = bound.at(Place(step=None, progress=jnp.asarray(context.progress, context.dtype), value=None, rate=None))
     else:
         value = default if bound is None else bound(context.step) if callable(bound) else bound
-    return jnp.broadcast_to(jnp.asarray(value, jnp.float32), [context.num_classes])
+    return jnp.broadcast_to(jnp.asarray(value, context.dtype), [context.num_classes])
 
 
 def largest(bound: Bound | None, *, default: float) -> float | None:
@@ -115,7 +115,7 @@ def largest(bound: Bound | None, *, default: float) -> float | None:
         return largest(bound.bound, default=default)
     if isinstance(bound, Varied | VariedByFrequency):
         eps, delta_eps = _amounts(bound, default)
-        return None if is_traced((eps, delta_eps)) else float(np.max(eps)) + float(np.max(delta_eps))
+        return None if is_traced((eps, delta_eps)) else float(np.max(np.asarray(eps))) + float(np.max(np.asarray(delta_eps)))
     if isinstance(bound, Course):
         ends = bound.first, bound.last
         return None if is_traced(ends) else max(map(float, ends))
@@ -177,7 +177,7 @@ def _share(bound: Varied | VariedByFrequency, split: Split, state: Any, context:
         if is_traced(split.share):  # other numbers were seen by `needs`
             tau = jnp.where(jnp.asarray(split.share, tau.dtype) > 1, jnp.nan, tau)
         return jnp.abs(jnp.clip(tau, 0, 1) - s)
-    n = jnp.asarray(context.class_counts, jnp.float32)
+    n = jnp.asarray(context.class_counts, context.dtype)
     s = n if bound.of == "prior" else _accuracy_of(split)(state, context)
     first, last = s[jnp.argmax(n)], s[jnp.argmin(n)]
     ratio = lambda a, b: jnp.clip(a / jnp.where(b > 0, b, 1), 0, 1)

@@ -18,6 +18,15 @@ def is_traced(value: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
 
+def on_host(value: Any) -> Any:
+    """A jax.Array whose numbers are known, as a Python number ([]) or a numpy array: inside a trace what is computed of a jax.Array
+    is traced, and Python can't branch on it. Anything else as it is."""
+    known = isinstance(value, jax.Array) and not is_traced(value) and value.is_fully_addressable
+    if not known or jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):  # keys have no numbers
+        return value
+    return np.asarray(value) if value.ndim else np.asarray(value).item()
+
+
 def check_number(
     function: str, *, low: float = -np.inf, high: float = np.inf, open_low: bool = False, infinite: bool = False, **named: Any
 ) -> None:

@@ -24,6 +24,13 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(at_least_float32(x.dtype))
 
 
+def number(x: ArrayLike) -> jax.Array:
+    """A setting as an array in at least float32: a Python number in JAX's own float type (float64 under x64), an array in its own."""
+    array = jnp.asarray(x)
+    known = jnp.issubdtype(array.dtype, jnp.floating) and not array.weak_type
+    return jnp.asarray(array, at_least_float32(array.dtype) if known else jnp.result_type(float))
+
+
 def own_entries(values: jax.Array, labels: jax.Array) -> jax.Array:
     """[B]: of each row of `values` [B, C] the entry of its label; of a label outside 0..C-1 (padding) that of the nearest class, never nan.
 
@@ -59,9 +66,9 @@ def class_sum(values: jax.Array, labels: jax.Array, num_classes: int, *, axis_na
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
-def class_count(labels: jax.Array, num_classes: int, *, axis_name: AxisName = None) -> jax.Array:
-    """Number of samples of each class: [C], float32."""
-    return class_sum(jnp.ones(labels.shape, jnp.float32), labels, num_classes, axis_name=axis_name)
+def class_count(labels: jax.Array, num_classes: int, *, axis_name: AxisName = None, dtype: Any = jnp.float32) -> jax.Array:
+    """Number of samples of each class: [C], of the given float type."""
+    return class_sum(jnp.ones(labels.shape, dtype), labels, num_classes, axis_name=axis_name)
 
 
 def class_mean(values: jax.Array, labels: jax.Array, num_classes: int, *, axis_name: AxisName = None) -> jax.Array:
@@ -71,7 +78,7 @@ def class_mean(values: jax.Array, labels: jax.Array, num_classes: int, *, axis_n
     [2. 0. 5.]
     """
     total = class_sum(values, labels, num_classes, axis_name=axis_name)
-    count = jnp.maximum(class_count(labels, num_classes, axis_name=axis_name), 1).astype(total.dtype)
+    count = jnp.maximum(class_count(labels, num_classes, axis_name=axis_name, dtype=total.dtype), 1)
     return total / count.reshape((num_classes,) + (1,) * (total.ndim - 1))
 
 
@@ -81,14 +88,15 @@ class RunningMean(NamedTuple):
     mean: jax.Array  # [C, ...], the mean in use; zeros until the class has been seen
     seen: jax.Array  # [C] bool, whether `mean` holds anything yet
     total: jax.Array  # [C, ...], sum since the epoch began (update="epoch" only)
-    count: jax.Array  # [C] float32, samples since the epoch began (update="epoch" only)
+    count: jax.Array  # [C], samples since the epoch began (update="epoch" only)
     epoch: jax.Array  # [] int32, the epoch that total and count belong to
 
 
-def running_mean_init(num_classes: int, shape: tuple[int, ...] = ()) -> RunningMean:
-    """The state before any sample, for values of the given shape per sample."""
-    zeros = jnp.zeros((num_classes, *shape), jnp.float32)
-    return RunningMean(zeros, jnp.zeros([num_classes], bool), zeros, jnp.zeros([num_classes], jnp.float32), jnp.int32(0))
+def running_mean_init(num_classes: int, shape: tuple[int, ...] = (), *, dtype: Any = None) -> RunningMean:
+    """The state before any sample, for values of the given shape per sample; dtype None: JAX's own float type."""
+    dtype = jnp.result_type(float) if dtype is None else dtype
+    zeros = jnp.zeros((num_classes, *shape), dtype)
+    return RunningMean(zeros, jnp.zeros([num_classes], bool), zeros, jnp.zeros([num_classes], dtype), jnp.int32(0))
 
 
 def running_mean_update(
@@ -111,7 +119,7 @@ def running_mean_update(
     column = (num_classes,) + (1,) * (state.mean.ndim - 1)
     values = jax.lax.stop_gradient(values)
     total = class_sum(values, labels, num_classes, axis_name=axis_name).astype(state.mean.dtype)
-    count = class_count(labels, num_classes, axis_name=axis_name)
+    count = class_count(labels, num_classes, axis_name=axis_name, dtype=state.count.dtype)
     if update == "step":
         now = total / jnp.maximum(count, 1).reshape(column)
         decay = jnp.asarray(decay, state.mean.dtype)
@@ -134,15 +142,16 @@ def running_mean_update(
 class RunningCovariance(NamedTuple):
     """Exact running mean and covariance of a vector by class (every sample so far counts the same)."""
 
-    count: jax.Array  # [C] float32
+    count: jax.Array  # [C]
     mean: jax.Array  # [C, d]
     covariance: jax.Array  # [C, d, d], divided by the count (not count − 1)
 
 
-def running_covariance_init(num_classes: int, dim: int) -> RunningCovariance:
-    """The state before any sample: zero covariance."""
-    zeros = jnp.zeros([num_classes, dim], jnp.float32)
-    return RunningCovariance(jnp.zeros([num_classes], jnp.float32), zeros, jnp.zeros([num_classes, dim, dim], jnp.float32))
+def running_covariance_init(num_classes: int, dim: int, *, dtype: Any = None) -> RunningCovariance:
+    """The state before any sample: zero covariance; dtype None: JAX's own float type."""
+    dtype = jnp.result_type(float) if dtype is None else dtype
+    zeros = jnp.zeros([num_classes, dim], dtype)
+    return RunningCovariance(jnp.zeros([num_classes], dtype), zeros, jnp.zeros([num_classes, dim, dim], dtype))
 
 
 def running_covariance_update(
@@ -154,7 +163,7 @@ def running_covariance_update(
     """
     num_classes = state.count.shape[0]
     values = wide(jax.lax.stop_gradient(values)).astype(state.mean.dtype)
-    batch_count = class_count(labels, num_classes, axis_name=axis_name)
+    batch_count = class_count(labels, num_classes, axis_name=axis_name, dtype=state.count.dtype)
     batch_mean = class_mean(values, labels, num_classes, axis_name=axis_name)
     centred = values - batch_mean[labels]
     # [C, d, d] without a [B, d, d] array in between: one matrix product per class, batched.

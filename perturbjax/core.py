@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_index, check_labels, check_number, is_traced
-from perturbjax.classes import AxisName, at_least_float32, wide
+from perturbjax.classes import AxisName, wide
 from perturbjax.line import Line, line
 from perturbjax.link import TAIL, Chain, Context, Flow, Perturbation, Rest, Where, chain
 
@@ -104,7 +104,8 @@ class Objective:
             and getattr(inputs, "is_fully_addressable", True)
         )
         context = self.context._replace(
-            site_shapes=shapes, inputs=inputs if known else None, batch_size=inputs.shape[0], level=self.line.level
+            site_shapes=shapes, inputs=inputs if known else None, batch_size=inputs.shape[0], level=self.line.level,
+            float_type=_float_type(variables, inputs),
         )  # fmt: skip
         states = [link.init(context._replace(site=link.site, name=link.name)) for link in self.links]
         return tuple(state if _owner(self.links, i) == i else () for i, state in enumerate(states))
@@ -146,7 +147,7 @@ class Objective:
         self._check_labels(labels, data.weights)
         if labels.dtype.itemsize < 4:  # one-hot rows of 300 classes need numbers that go beyond uint8
             labels = labels.astype(jnp.int32)
-        dtype = at_least_float32(inputs.dtype)
+        dtype = _float_type(variables, inputs)
         targets = jax.nn.one_hot(labels, num_classes, dtype=dtype) if data.targets is None else data.targets
         weight = lambda given: jnp.ones([count], dtype) if given is None else jnp.asarray(given, dtype)
         flow = Flow(
@@ -163,7 +164,7 @@ class Objective:
         )
         context = self.context._replace(
             batch_size=count, level=self.line.level, where=Where(step, progress, epoch),
-            key=jax.random.key(0) if key is None else key, variables=variables, validation=validation,
+            key=jax.random.key(0) if key is None else key, variables=variables, validation=validation, float_type=dtype,
             head=None if self.line.head is None else functools.partial(self.line.head, variables),
         )  # fmt: skip
         flow, states, metrics = _Pass(self.line, self.links, tuple(states), context, train).run(flow)
@@ -204,7 +205,7 @@ class Objective:
         """[B] zeros; nan for positions beyond the tables by sample, if a link keeps any: the loss then tells what can't be an error in jit."""
         keeper = next((link.name or "link" for link in self.links if "index" in link.needs), None)
         if keeper is None:
-            return jnp.zeros([count], jnp.float32)
+            return jnp.zeros([count], jnp.float32)  # of the type of the pass in the end
         if index is None:
             raise ValueError(
                 f"{keeper} needs each sample's position in the data set, got a batch without index. "
@@ -414,6 +415,13 @@ class _Pass:
         delta = jax.lax.stop_gradient(flow.value - before)
         along = jnp.sum(delta * u, axis=-1)
         return flow._replace(value=end.value + (along - jax.lax.stop_gradient(along)))
+
+
+def _float_type(variables: Any, inputs: Any) -> Any:
+    """float64 if the parameters or the inputs have any, else float32."""
+    leaves = [x.dtype if hasattr(x, "dtype") else type(x) for x in jax.tree.leaves((variables, inputs))]
+    floats = [jnp.result_type(x) for x in leaves if jnp.issubdtype(x, jnp.floating)]
+    return jnp.float64 if jnp.float64 in floats else jnp.float32
 
 
 def _owner(links: Chain, i: int) -> int:

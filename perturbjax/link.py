@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import is_traced
-from perturbjax.classes import AxisName
+from perturbjax.classes import AxisName, number
 
 TAIL = ("prediction", "label", "loss", "logit_gradient")
 """The sites after the logits: log softmax(u) [B, C], the targets [B, C], the losses [B], ∂ℓ/∂u [B, C]."""
@@ -78,6 +78,12 @@ class Context(NamedTuple):
     pullback: Callable[[], Callable[[jax.Array], Any]] | None = None  # at the logit gradient: () -> (v [B, C] -> Σ_i J_i v_i)
     scale: float | None = None  # s of a cosine head, whose logits are s·cos θ; the model's own
     validation: Any = None  # a clean batch, for meta-learning
+    float_type: Any = None  # of the pass; None: JAX's own
+
+    @property
+    def dtype(self) -> Any:
+        """The float type of settings, statistics and states: float64 where parameters or inputs are, else float32."""
+        return jnp.result_type(float) if self.float_type is None else self.float_type
 
     @property
     def step(self) -> ArrayLike:
@@ -194,8 +200,9 @@ def ce() -> Chain:
 
 
 def reached(progress: ArrayLike, start: ArrayLike) -> jax.Array:
-    """Whether the share `progress` of a run has come to `start`: epoch 160 of 200 has begun at 0.8, whatever float32 makes of 160/200."""
-    return jnp.asarray(progress, jnp.float32) >= jnp.asarray(start, jnp.float32) - CLOSE
+    """Whether the share `progress` of a run has come to `start`: epoch 160 of 200 has begun at 0.8, whatever rounding makes of 160/200."""
+    progress = number(progress)
+    return progress >= jnp.asarray(start, progress.dtype) - CLOSE
 
 
 def clean_logits(flow: Flow, logits: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from perturbjax.checks import on_host
 from perturbjax.link import Perturbation
 from perturbjax.names import by_name
 from perturbjax.optimizer_link import GRADIENTS as GRADIENT_KINDS
@@ -65,7 +66,8 @@ def method(
     def wrap(factory: Callable) -> Callable:
         @functools.wraps(factory)
         def named(*values, **settings):
-            return _named(factory(**by_name(factory, values, settings)), factory.__name__, gradient)
+            known = {name: on_host(value) for name, value in by_name(factory, values, settings).items()}
+            return _named(factory(**known), factory.__name__, gradient)
 
         make: Any = named
         make.coordinates, make.cite, make.off, make.alias = coordinates, cite, off, alias

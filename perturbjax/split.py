@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from perturbjax.checks import check_choice, check_number, nearest
 from perturbjax.classes import RunningMean, own_entries, running_mean_init, running_mean_update, wide
 from perturbjax.link import Context
+from perturbjax.rounding import rounded, rounded_down
 
 Update = Literal["step", "epoch"]
 
@@ -75,13 +76,14 @@ def by_accuracy(
 
     def score(clean: Clean) -> jax.Array:
         if measure == "top1":
-            return (jnp.argmax(clean.logits, axis=-1).astype(clean.labels.dtype) == clean.labels).astype(jnp.float32)
+            right = jnp.argmax(clean.logits, axis=-1).astype(clean.labels.dtype) == clean.labels
+            return right.astype(wide(clean.logits).dtype)
         probability = jax.nn.softmax(wide(clean.logits), axis=-1)
         # Clipped: a label outside 0..C-1 (padding) gives some number, not a nan that would spread to the sums of all classes.
         return own_entries(probability, clean.labels)
 
     def advance(state: RunningMean, clean: Clean, context: Context) -> RunningMean:
-        before = running_mean_init(context.num_classes) if update == "batch" else state
+        before = running_mean_init(context.num_classes, dtype=context.dtype) if update == "batch" else state
         return running_mean_update(
             before, score(clean), clean.labels, update="epoch" if update == "epoch" else "step", decay=decay,
             epoch=context.epoch if update == "epoch" else 0, axis_name=context.axis_name,
@@ -96,7 +98,7 @@ def by_accuracy(
         return jnp.where(counted(state), jnp.where(low, 1.0, -1.0), 0.0)
 
     return Split(
-        lambda context: running_mean_init(context.num_classes),
+        lambda context: running_mean_init(context.num_classes, dtype=context.dtype),
         advance,
         direction,
         lambda state, context, scale: (state.mean, jnp.clip(_threshold(tau, state.mean, counted(state)), 0, 1)),
@@ -129,33 +131,35 @@ def by_frequency(
         )
 
     def counts(context: Context) -> jax.Array:
-        return jnp.asarray(context.class_counts, jnp.float32)
+        return jnp.asarray(context.class_counts, context.dtype)
 
     def rank(context: Context) -> jax.Array:
         """1 for the most frequent class … C for the rarest; ties in the order of the labels."""
         order = jnp.argsort(-counts(context), stable=True)
-        places = jnp.arange(1, context.num_classes + 1, dtype=jnp.float32)
+        places = jnp.arange(1, context.num_classes + 1, dtype=context.dtype)
         return jnp.zeros_like(places).at[order].set(places)
 
     def limit(context: Context) -> jax.Array:
         """The threshold in samples (rule "count")."""
         return _threshold(tau, counts(context), jnp.ones([context.num_classes], bool))
 
+    def head(context: Context) -> jax.Array:
+        """How many classes are −1 (rule "rank")."""
+        return rounded_down(jnp.asarray(share, context.dtype) * context.num_classes)
+
     def direction(state: tuple, context: Context) -> jax.Array:
         if rule == "count":
             return jnp.where(counts(context) < limit(context), 1.0, -1.0)
-        # The guard keeps a share like 0.3 of 10 classes at 3, whatever float32 makes of the product.
-        return jnp.where(rank(context) <= jnp.asarray(share, jnp.float32) * context.num_classes + 1e-4, -1.0, 1.0)
+        return jnp.where(rank(context) <= head(context), -1.0, 1.0)
 
     def statistic(state: tuple, context: Context, scale: str) -> tuple[jax.Array, jax.Array]:
         n = counts(context)
         if rule == "rank":
-            at = jnp.floor(jnp.asarray(share, jnp.float32) * context.num_classes + 1e-4)  # the last class that is −1
-            edge = jnp.sort(n)[::-1][jnp.clip(at, 1, context.num_classes).astype(jnp.int32) - 1]
+            edge = jnp.sort(n)[::-1][jnp.clip(head(context), 1, context.num_classes).astype(jnp.int32) - 1]
         else:
             edge = limit(context)
         if scale == "rank":
-            place = jnp.asarray(share, jnp.float32) if rule == "rank" else jnp.mean((n >= edge).astype(jnp.float32))
+            place = jnp.asarray(share, n.dtype) if rule == "rank" else jnp.mean((n >= edge).astype(n.dtype))
             return rank(context) / context.num_classes, place
         if scale == "linear":
             return n / n.max(), jnp.clip(edge / n.max(), 0, 1)
@@ -189,7 +193,8 @@ def by_variance(tau: ArrayLike | str = "mean", update: Update = "epoch", decay: 
 
     def init(context: Context) -> VarianceState:
         return VarianceState(
-            running_mean_init(context.num_classes, (context.num_classes,)), running_mean_init(context.num_classes)
+            running_mean_init(context.num_classes, (context.num_classes,), dtype=context.dtype),
+            running_mean_init(context.num_classes, dtype=context.dtype),
         )
 
     def advance(state: VarianceState, clean: Clean, context: Context) -> VarianceState:
@@ -222,10 +227,10 @@ def all_classes(direction: ArrayLike = 1.0) -> Split:
     check_number("all_classes", low=-1, high=1, direction=direction)
 
     def constant(state: tuple, context: Context) -> jax.Array:
-        return jnp.broadcast_to(jnp.asarray(direction, jnp.float32), [context.num_classes])
+        return jnp.broadcast_to(jnp.asarray(direction, context.dtype), [context.num_classes])
 
     def statistic(state: tuple, context: Context, scale: str) -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros([context.num_classes], jnp.float32), jnp.zeros([], jnp.float32)  # a varied bound is its base here
+        return jnp.zeros([context.num_classes], context.dtype), jnp.zeros([], context.dtype)  # a varied bound is its base here
 
     return Split(lambda context: (), lambda state, clean, context: (), constant, statistic)
 
@@ -238,11 +243,11 @@ def by_loss(losses: jax.Array, *, tau: ArrayLike) -> jax.Array:
 def by_loss_top(losses: jax.Array, *, share: ArrayLike) -> jax.Array:
     """Per sample: −1 for the `share` (0..1) of the batch with the largest losses [B], +1 for the others. Returns [B].
 
-    The number is round(share·B), ties by position (taxonomy section 5.2: τ by the top percent).
+    The number is round(share·B), a half to the even number, ties by position (taxonomy section 5.2: τ by the top percent).
     """
     check_number("by_loss_top", low=0, high=1, share=share)
     rank = jnp.argsort(jnp.argsort(-losses, stable=True), stable=True)
-    number = jnp.round(jnp.asarray(share, jnp.float32) * losses.shape[0]).astype(rank.dtype)
+    number = rounded(jnp.asarray(share, wide(losses).dtype) * losses.shape[0]).astype(rank.dtype)
     return jnp.where(rank < number, -1.0, 1.0)
 
 
@@ -283,9 +288,9 @@ def as_split(function: str, split: Split | str, *, tau: Any = None, direction: A
 def _threshold(tau: Any, values: jax.Array, seen: jax.Array) -> jax.Array:
     """tau as a number: itself, or the mean or median of `values` over the classes seen."""
     if not isinstance(tau, str):
-        return jnp.asarray(tau, jnp.float32)
+        return jnp.asarray(tau, values.dtype)
     if tau == "mean":
-        return jnp.sum(jnp.where(seen, values, 0)) / jnp.maximum(seen.sum(), 1).astype(jnp.float32)
+        return jnp.sum(jnp.where(seen, values, 0)) / jnp.maximum(seen.sum(), 1).astype(values.dtype)
     return jnp.nan_to_num(jnp.nanmedian(jnp.where(seen, values, jnp.nan)))
 
 

@@ -14,8 +14,9 @@ from perturbjax.classes import AxisName, gather
 from perturbjax.link import Context
 
 
-def new_table(function: str, setting: str, context: Context, shape: tuple[int, ...] = (), dtype: Any = float) -> jax.Array:
-    """Zeros, one row of `shape` per training sample: [N, *shape]. `setting` is what asks for it, for the message.
+def new_table(function: str, setting: str, context: Context, shape: tuple[int, ...] = (), dtype: Any = None) -> jax.Array:
+    """Zeros, one row of `shape` per training sample: [N, *shape]. `setting` is what asks for it, for the message; dtype
+    None: the float type of the pass.
 
     Raises:
       ValueError: the number of training samples is not known.
@@ -25,7 +26,7 @@ def new_table(function: str, setting: str, context: Context, shape: tuple[int, .
             f"{function} needs num_examples for {setting}, got none. Pass pj.objective(..., num_examples=len(labels)), and each "
             "batch's positions in the data set: pj.batch(inputs, labels, index=index)."
         )
-    return jnp.zeros((context.num_examples, *shape), dtype)
+    return jnp.zeros((context.num_examples, *shape), context.dtype if dtype is None else dtype)
 
 
 def read(function: str, table: jax.Array, index: jax.Array) -> jax.Array:

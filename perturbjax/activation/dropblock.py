@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.classes import AxisName
+from perturbjax.classes import AxisName, number
 from perturbjax.link import Context, Flow, Perturbation, Rest, per_sample_keys
 from perturbjax.method import method
 
@@ -29,7 +29,7 @@ def dropblock_gamma(space: tuple[int, ...], *, rate: ArrayLike, block_size: int,
     """
     sizes = [min(block_size, n) for n in space]
     places = math.prod(n - b + 1 for n, b in zip(space, sizes)) if border else math.prod(space)
-    return jnp.asarray(rate, jnp.float32) * (math.prod(space) / (math.prod(sizes) * places))
+    return number(rate) * (math.prod(space) / (math.prod(sizes) * places))
 
 
 def dropblock_kept(starts: jax.Array, space: tuple[int, ...], *, block_size: int, border: bool = True) -> jax.Array:
@@ -58,7 +58,7 @@ def dropblock_mask(
     share_channels: bool = False,
     axis_name: AxisName = None,
 ) -> jax.Array:
-    """k · count(k)/Σ k: [B, *shape], float32, with mean 1; [B, *space, 1] with `share_channels`.
+    """k · count(k)/Σ k: [B, *shape], of the type of the rate, with mean 1; [B, *space, 1] with `share_channels`.
 
     key, index: the draws of a sample follow its entry of index [B]. shape: (*space, channels). The others are as in `dropblock`.
     """
@@ -68,7 +68,7 @@ def dropblock_mask(
     gamma = dropblock_gamma(space, rate=rate, block_size=block_size, border=border)
     drawn = (*places, 1 if share_channels else channels)
     starts = jax.vmap(lambda k: jax.random.bernoulli(k, gamma, drawn))(per_sample_keys(key, index))
-    kept = dropblock_kept(starts, space, block_size=block_size, border=border).astype(jnp.float32)
+    kept = dropblock_kept(starts, space, block_size=block_size, border=border).astype(gamma.dtype)
     share = jnp.mean(jnp.mean(kept.reshape(kept.shape[0], -1), axis=1))
     if axis_name is not None:
         share = jax.lax.pmean(share, axis_name)
@@ -103,7 +103,7 @@ def dropblock(
     check_number("dropblock", low=1, block_size=block_size)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        now = jnp.asarray(rate, jnp.float32) * (jnp.asarray(context.progress, jnp.float32) if ramp else 1)
+        now = jnp.asarray(rate, context.dtype) * (jnp.asarray(context.progress, context.dtype) if ramp else 1)
         mask = dropblock_mask(
             context.key, flow.index, flow.value.shape[1:], rate=now, block_size=block_size, border=border,
             share_channels=share_channels, axis_name=context.axis_name,

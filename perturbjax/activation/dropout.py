@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
+from perturbjax.classes import number
 from perturbjax.link import Context, Flow, Perturbation, Rest, per_sample_keys
 from perturbjax.method import method
 
 
 def dropout_mask(key: jax.Array, index: jax.Array, shape: tuple[int, ...], *, rate: ArrayLike) -> jax.Array:
-    """m/(1 − rate): [B, *shape], float32; 0 or 1/(1 − rate)."""
-    keep = 1 - jnp.asarray(rate, jnp.float32)
+    """m/(1 − rate): [B, *shape], of the type of the rate; 0 or 1/(1 − rate)."""
+    keep = 1 - number(rate)
     kept = jax.vmap(lambda k: jax.random.bernoulli(k, keep, shape))(per_sample_keys(key, index))
-    return kept.astype(jnp.float32) / keep
+    return kept.astype(keep.dtype) / keep
 
 
 @method(
@@ -31,7 +32,7 @@ def dropout(*, rate: ArrayLike = 0.5, site: str = "features") -> Perturbation:
     check_number("dropout", low=0, high=0.999, rate=rate)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        mask = dropout_mask(context.key, flow.index, flow.value.shape[1:], rate=rate)
+        mask = dropout_mask(context.key, flow.index, flow.value.shape[1:], rate=jnp.asarray(rate, context.dtype))
         return flow._replace(value=flow.value * mask.astype(flow.value.dtype)), state, {}
 
     return Perturbation(site, lambda context: (), apply)

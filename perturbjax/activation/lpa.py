@@ -134,8 +134,8 @@ def lpa(
         here = class_count(*place, axis_name=context.axis_name) > 0
 
         def mean_over(chosen: jax.Array) -> jax.Array:
-            members = (chosen & here).astype(jnp.float32)
-            return 1 + jnp.sum(members * (ratio - 1).astype(jnp.float32)) / jnp.maximum(members.sum(), 1)
+            members = (chosen & here).astype(ratio.dtype)
+            return 1 + jnp.sum(members * (ratio - 1)) / jnp.maximum(members.sum(), 1)
 
         before, (moved, end) = search.aux.trace["logits"], search.last
         if end.labels.shape == moved.shape[:1]:

@@ -23,7 +23,7 @@ class SitesState(NamedTuple):
     """Shared by the links at all candidate sites."""
 
     split: Any  # state of the split
-    effects: jax.Array  # [S] float32, Σ_c |mean loss change| at each site, when they were last compared
+    effects: jax.Array  # [S], Σ_c |mean loss change| at each site, when they were last compared
 
 
 def layer_effect(
@@ -73,7 +73,7 @@ def site_links(
                 "Write objective(..., num_examples=N), or give one site: site='last_stage'."
             )
         check(context)
-        return SitesState(init_split(context), jnp.zeros([len(sites)], jnp.float32))
+        return SitesState(init_split(context), jnp.zeros([len(sites)], context.dtype))
 
     # In flow.extra, of these links alone: (whether the split has this batch, metrics of the active site).
     seen = f"lpa {id(init)}"
@@ -90,7 +90,7 @@ def site_links(
                 def compare():
                     after = jax.lax.stop_gradient(rest(flow.value + delta))
                     groups = (flow.labels, context.num_classes)
-                    return layer_effect(losses, after, *groups, axis_name=context.axis_name).astype(jnp.float32)
+                    return layer_effect(losses, after, *groups, axis_name=context.axis_name).astype(state.effects.dtype)
 
                 effect = jax.lax.cond(due, compare, lambda: state.effects[number])
                 return jnp.where(due, jnp.zeros_like(delta), delta), split, effect, found, logits

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
-from perturbjax.classes import AxisName, own_entries, wide
+from perturbjax.classes import AxisName, number, own_entries, wide
 from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, keep_clean
 from perturbjax.method import method
+from perturbjax.rounding import rounded_down
 
 
 def top_share(values: jax.Array, *, share: ArrayLike, axis_name: AxisName = None) -> jax.Array:
@@ -30,9 +31,9 @@ def top_share(values: jax.Array, *, share: ArrayLike, axis_name: AxisName = None
     """
     everyone = values if axis_name is None else jax.lax.all_gather(values, axis_name, axis=values.ndim - 1, tiled=True)
     last = everyone.shape[-1] - 1
-    share = jnp.asarray(share, jnp.float32)
-    # Nothing lies between two neighbours in order, so the upper one serves as the interpolated percentile; the guard is for 2/3 · 3.
-    position = jnp.clip(jnp.ceil((1 - share) * last - 1e-4), 0, last).astype(jnp.int32)
+    share = number(share)
+    # Nothing lies between two neighbours in order, so the upper one serves as the interpolated percentile: ⌈(1 − share) · last⌉.
+    position = jnp.clip(last - rounded_down(share * last), 0, last).astype(jnp.int32)
     threshold = jnp.take(jnp.sort(everyone, axis=-1), position, axis=-1)[..., None]
     return (values >= threshold) & (share > 0)
 

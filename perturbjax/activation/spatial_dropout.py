@@ -26,7 +26,9 @@ def spatial_dropout(*, rate: ArrayLike = 0.2, site: str = "last_stage") -> Pertu
     check_number("spatial_dropout", low=0, high=0.999, rate=rate)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        mask = dropout_mask(context.key, flow.index, flow.value.shape[-1:], rate=rate)  # [B, channels]
+        mask = dropout_mask(
+            context.key, flow.index, flow.value.shape[-1:], rate=jnp.asarray(rate, context.dtype)
+        )  # [B, channels]
         mask = jnp.expand_dims(mask.astype(flow.value.dtype), tuple(range(1, flow.value.ndim - 1)))
         return flow._replace(value=flow.value * mask), state, {}
 

@@ -98,13 +98,13 @@ def as_trained(loss_of: Callable[[jax.Array], jax.Array], count: int) -> Callabl
 class PersistentDelta(NamedTuple):
     """Deltas that outlive the batch."""
 
-    delta: jax.Array  # [G, ...] float32, one per group
+    delta: jax.Array  # [G, ...], one per group
     started: jax.Array  # [] bool, whether the random start has been drawn
 
 
-def persistent_init(number: int, shape: tuple[int, ...]) -> PersistentDelta:
+def persistent_init(number: int, shape: tuple[int, ...], dtype: Any = jnp.float32) -> PersistentDelta:
     """Before the first batch: zero deltas."""
-    return PersistentDelta(jnp.zeros([number, *shape], jnp.float32), jnp.zeros([], bool))
+    return PersistentDelta(jnp.zeros([number, *shape], dtype), jnp.zeros([], bool))
 
 
 def persistent_start(state: PersistentDelta, key: jax.Array, *, random_starts: bool, bound: ArrayLike, norm: Norm) -> jax.Array:
@@ -113,7 +113,7 @@ def persistent_start(state: PersistentDelta, key: jax.Array, *, random_starts: b
         return state.delta
     index = jnp.arange(state.delta.shape[0], dtype=jnp.int32)
     drawn = random_start(key, index, state.delta.shape[1:], bound=bound, norm=norm)
-    return jnp.where(state.started, state.delta, drawn.astype(jnp.float32))
+    return jnp.where(state.started, state.delta, drawn.astype(state.delta.dtype))
 
 
 def persistent_link(
@@ -147,7 +147,7 @@ def persistent_link(
 
     def init(context: Context) -> PersistentDelta:
         shape = site_shape(function, context, norm=norm, value_range=value_range, bound=bound)
-        return persistent_init(number_of(context), shape)
+        return persistent_init(number_of(context), shape, context.dtype)
 
     def apply(flow: Flow, rest: Rest, state: PersistentDelta, context: Context):
         require_floats(function, flow.value, site)
@@ -157,7 +157,7 @@ def persistent_link(
         after = group_ascent(
             rest, flow.value, now, groups, bound=bound, step_size=step_size, num_steps=num_steps, norm=norm, step=step,
             clip_loss=clip_loss, value_range=span, axis_name=context.axis_name,
-        ).astype(jnp.float32)  # fmt: skip
+        ).astype(state.delta.dtype)  # fmt: skip
         value = shifted(flow.value, now if update == "after" else after, groups, value_range=span)
         return (
             flow._replace(value=value),

@@ -26,12 +26,12 @@ def ring_partners(key: jax.Array, domains: jax.Array, *, num_domains: int) -> ja
     """
     ring_key, order_key = jax.random.split(key)
     count = class_count(domains, num_domains).astype(jnp.int32)
-    place = jax.random.permutation(ring_key, num_domains)  # of each domain in the ring
+    place = jax.random.permutation(ring_key, jnp.arange(num_domains, dtype=jnp.int32))  # of each domain in the ring
     # Steps along the ring from d to e, 1..D; absent domains are never next, d itself is if it is alone.
     steps = (place[None, :] - place[:, None] - 1) % num_domains + 1
-    following = jnp.argmin(jnp.where(count[None, :] > 0, steps, num_domains + 1), axis=1)
+    following = jnp.argmin(jnp.where(count[None, :] > 0, steps, num_domains + 1), axis=1).astype(jnp.int32)
     # The batch sorted by domain, in random order within each: rank r of domain e stands at start[e] + r.
-    shuffled = jax.random.permutation(order_key, domains.shape[0])
+    shuffled = jax.random.permutation(order_key, jnp.arange(domains.shape[0], dtype=jnp.int32))
     order = shuffled[jnp.argsort(domains[shuffled], stable=True)]
     start = jnp.cumsum(count) - count
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype)) - start[domains]

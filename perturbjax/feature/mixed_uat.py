@@ -74,7 +74,7 @@ def mixed_uat(
     check_number("mixed_uat", low=0, open_low=True, infinite=True, clip_loss=clip_loss)
 
     def init(context: Context) -> PersistentDelta:
-        return persistent_init(1, site_shape("mixed_uat", context, norm=norm, value_range=value_range, **sizes))
+        return persistent_init(1, site_shape("mixed_uat", context, norm=norm, value_range=value_range, **sizes), context.dtype)
 
     def apply(flow: Flow, rest: Rest, state: PersistentDelta, context: Context):
         require_floats("mixed_uat", flow.value, site)
@@ -91,7 +91,7 @@ def mixed_uat(
             rest, base, None, count, step_size=step_size, num_steps=num_steps, bound=bound, step=step, norm=norm, start=start,
             value_range=span, axis_name=context.axis_name,
         )  # fmt: skip
-        state = PersistentDelta(after.astype(jnp.float32), jnp.ones([], bool))
+        state = PersistentDelta(after.astype(state.delta.dtype), jnp.ones([], bool))
         evaluations = num_steps + universal_steps - (not random_starts)  # both searches begin at x + δ*: one pass
         return flow._replace(value=base + delta), state, {"inner_evaluations": jnp.int32(evaluations)}
 

@@ -78,7 +78,7 @@ def random_erasing(
             inside = erasing_box(box_key, height, width, smallest=smallest, largest=largest, aspect=aspect)
             inside &= jax.random.uniform(whether_key, dtype=jnp.float32) < probability
             if fill == "random":
-                drawn = jax.random.uniform(fill_key, image.shape, jnp.float32)
+                drawn = jax.random.uniform(fill_key, image.shape, wide(image).dtype)
             else:
                 drawn = jnp.broadcast_to(wide(image).mean((0, 1), keepdims=True), image.shape)
             over = inside.reshape(inside.shape + (1,) * (image.ndim - 2))

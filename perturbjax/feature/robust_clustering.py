@@ -64,7 +64,7 @@ class RobustClusteringState(NamedTuple):
     """What the next step needs."""
 
     centers: RunningMean  # [C, ...], of the features after their outlier vectors
-    radius: jax.Array  # [] float32, running quantile of ‖r‖; 0 until there is one
+    radius: jax.Array  # [], running quantile of ‖r‖; 0 until there is one
 
 
 @method(
@@ -91,7 +91,8 @@ def robust_clustering(
 
     def init(context: Context) -> RobustClusteringState:
         return RobustClusteringState(
-            running_mean_init(context.num_classes, tuple(context.site_shapes[context.site][1:])), jnp.float32(0)
+            running_mean_init(context.num_classes, tuple(context.site_shapes[context.site][1:]), dtype=context.dtype),
+            jnp.zeros([], context.dtype),
         )
 
     def apply(flow: Flow, rest: Rest, state: RobustClusteringState, context: Context):
@@ -106,8 +107,8 @@ def robust_clustering(
 
     def moved_radius(radius: jax.Array, length: jax.Array, known: jax.Array, context: Context) -> jax.Array:
         length, known = gather(length, context.axis_name), gather(known, context.axis_name)
-        found = jnp.nanquantile(jnp.where(known, length, jnp.nan).astype(jnp.float32), jnp.asarray(quantile, jnp.float32))
-        share = jnp.asarray(decay, jnp.float32)
+        found = jnp.nanquantile(jnp.where(known, length, jnp.nan).astype(radius.dtype), jnp.asarray(quantile, radius.dtype))
+        share = jnp.asarray(decay, radius.dtype)
         moved = jnp.where(radius > 0, share * radius + (1 - share) * found, found)
         return jnp.where(known.any(), moved, radius)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
+from perturbjax.classes import number
 
 
 def lpg_bound_term(bound: ArrayLike, class_counts: ArrayLike) -> jax.Array:
@@ -19,9 +20,10 @@ def lpg_bound_term(bound: ArrayLike, class_counts: ArrayLike) -> jax.Array:
     >>> print(lpg_bound_term(jnp.array([0.1, 0.4]), jnp.array([30, 10])))
     0.175
     """
-    counts = jnp.asarray(class_counts).astype(jnp.float32)
+    bound = number(bound)
+    counts = jnp.asarray(class_counts).astype(bound.dtype)
     share = counts / jnp.maximum(counts.sum(), 1)
-    return jnp.sum(share * jnp.broadcast_to(jnp.asarray(bound, share.dtype), share.shape))
+    return jnp.sum(share * jnp.broadcast_to(bound, share.shape))
 
 
 def lpg_generalization_bound(
@@ -33,7 +35,7 @@ def lpg_generalization_bound(
     weight: ArrayLike,
     beta: ArrayLike = 0.05,
 ) -> jax.Array:
-    """The right-hand side of eq. 24: [], float32.
+    """The right-hand side of eq. 24: [].
 
     Args:
       risk: L̂_LPG(W), the mean training loss under LPG; the theorem's losses lie in [0, 1].
@@ -51,6 +53,7 @@ def lpg_generalization_bound(
         "lpg_generalization_bound", low=0, divergence=divergence, bound=bound, weight=weight, class_counts=class_counts
     )
     check_number("lpg_generalization_bound", low=0, high=1, open_low=True, beta=beta)
-    number = jnp.asarray(class_counts).astype(jnp.float32).sum()
-    gap = jnp.sqrt((divergence + jnp.log(2 * number / beta)) / (2 * number))
-    return jnp.asarray(risk, jnp.float32) + gap + weight * lpg_bound_term(bound, class_counts)
+    risk = number(risk)
+    total = jnp.asarray(class_counts).astype(risk.dtype).sum()
+    gap = jnp.sqrt((divergence + jnp.log(2 * total / beta)) / (2 * total))
+    return risk + gap + weight * lpg_bound_term(jnp.asarray(bound, risk.dtype), class_counts)

@@ -33,8 +33,8 @@ def lpg_groups(
         return Groups(same, own, same, lambda dtype: jnp.eye(labels.shape[0], dtype=dtype), same)
 
     def weights(dtype):
-        count = class_count(labels, num_classes, axis_name=axis_name)
-        return (jax.nn.one_hot(labels, num_classes, dtype=dtype) / jnp.maximum(count, 1).astype(dtype)[None]).T
+        count = class_count(labels, num_classes, axis_name=axis_name, dtype=dtype)
+        return (jax.nn.one_hot(labels, num_classes, dtype=dtype) / jnp.maximum(count, 1)[None]).T
 
     def total(tree):
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)

@@ -45,7 +45,7 @@ def local_dimension(features: jax.Array, *, num_neighbours: int = 20, axis_name:
 
 
 class D2LState(NamedTuple):
-    """Everything is float32 and of the epochs that are over, but total, count and epoch."""
+    """Everything is of the epochs that are over, but total, count and epoch."""
 
     total: jax.Array  # [], LID summed over the present epoch's batches
     count: jax.Array  # [], of these batches
@@ -60,10 +60,10 @@ class D2LState(NamedTuple):
 def turning(state: D2LState, lid: jax.Array, progress: ArrayLike, *, warm_up_epochs: int, tolerance: ArrayLike) -> D2LState:
     """The state after an epoch whose mean LID is `lid`; total, count and epoch are left."""
     mean, std = jnp.mean(state.recent), jnp.std(state.recent)
-    grown = lid > mean + jnp.asarray(tolerance, jnp.float32) * std
+    grown = lid > mean + jnp.asarray(tolerance, std.dtype) * std
     turned = state.turned | (grown & (state.finished >= warm_up_epochs + state.recent.shape[0]))
     lowest = jnp.where(state.finished == 0, lid, jnp.minimum(state.lowest, lid))
-    alpha = jnp.exp(-jnp.asarray(progress, jnp.float32) * lid / jnp.maximum(lowest, 1e-6))
+    alpha = jnp.exp(-jnp.asarray(progress, lid.dtype) * lid / jnp.maximum(lowest, 1e-6))
     return state._replace(
         recent=jnp.concatenate([state.recent[1:], lid[None]]), finished=state.finished + 1, lowest=lowest, turned=turned,
         alpha=jnp.where(turned, alpha, 1),
@@ -92,14 +92,13 @@ def d2l(
     check_number("d2l", low=0, infinite=True, tolerance=tolerance)
 
     def init(context: Context) -> D2LState:
-        zero = jnp.float32(0)
-        return D2LState(
-            zero, zero, jnp.int32(0), jnp.zeros([window], jnp.float32), jnp.int32(0), zero, jnp.bool_(False), jnp.float32(1)
-        )
+        zero = jnp.zeros([], context.dtype)
+        recent = jnp.zeros([window], context.dtype)
+        return D2LState(zero, zero, jnp.int32(0), recent, jnp.int32(0), zero, jnp.bool_(False), jnp.ones_like(zero))
 
     def apply(flow: Flow, rest: Rest, state: D2LState, context: Context):
         lid = jnp.mean(local_dimension(flow.trace[site], num_neighbours=num_neighbours, axis_name=context.axis_name))
-        lid = (lid if context.axis_name is None else jax.lax.pmean(lid, context.axis_name)).astype(jnp.float32)
+        lid = (lid if context.axis_name is None else jax.lax.pmean(lid, context.axis_name)).astype(state.total.dtype)
         epoch = jnp.asarray(context.epoch, jnp.int32)
         new = epoch != state.epoch
         # At the first step of epoch e, progress is e/E.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
+from perturbjax.classes import wide
 from perturbjax.link import Context, Flow, Perturbation, Rest, per_sample_keys
 from perturbjax.method import method
 
@@ -20,7 +21,7 @@ def disturbed_targets(key: jax.Array, index: jax.Array, targets: jax.Array, *, r
 
     def draw(sample_key):
         whether, which = jax.random.split(sample_key)
-        redrawn = jax.random.bernoulli(whether, jnp.asarray(rate, jnp.float32))
+        redrawn = jax.random.bernoulli(whether, jnp.asarray(rate, wide(targets).dtype))
         return redrawn, jax.random.randint(which, [], 0, targets.shape[-1])
 
     redrawn, label = jax.vmap(draw)(per_sample_keys(key, index))

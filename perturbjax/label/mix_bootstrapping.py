@@ -51,7 +51,7 @@ def mix_bootstrapping(
     check_choice("mix_bootstrapping", "confidence", confidence, ("one", "right"))
 
     def init(context: Context) -> RunningMean:
-        return running_mean_init(context.num_classes, (context.num_classes,))
+        return running_mean_init(context.num_classes, (context.num_classes,), dtype=context.dtype)
 
     def apply(flow: Flow, rest: Rest, state: RunningMean, context: Context):
         log_p = jax.lax.stop_gradient(flow.trace["prediction"])

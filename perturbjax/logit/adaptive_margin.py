@@ -65,7 +65,7 @@ def adaptive_margin(
     check_number("adaptive_margin", low=0, open_low=True, scale=scale)
 
     def init(context: Context) -> jax.Array:
-        return jnp.full([context.num_classes], margin, jnp.float32)
+        return jnp.full([context.num_classes], margin, context.dtype)
 
     def apply(flow: Flow, rest: Rest, state: jax.Array, context: Context):
         flow = keep_clean(flow, flow.value)  # what follows knows the label

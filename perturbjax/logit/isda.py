@@ -44,11 +44,11 @@ def isda_delta(weights: jax.Array, covariance: jax.Array, *, strength: ArrayLike
 class ISDAState(NamedTuple):
     """The running covariance by class, and when the epoch began."""
 
-    count: jax.Array  # [C] float32, samples that the covariance stands for
-    mean: jax.Array  # [C, d] float32
-    covariance: jax.Array  # [C, d, d] float32
+    count: jax.Array  # [C], samples that the covariance stands for
+    mean: jax.Array  # [C, d]
+    covariance: jax.Array  # [C, d, d]
     epoch: jax.Array  # [] int32, the epoch that `began` belongs to
-    began: jax.Array  # [] float32, progress at the beginning of the epoch: epoch/epochs
+    began: jax.Array  # [], progress at the beginning of the epoch: epoch/epochs
 
 
 @method(
@@ -78,27 +78,27 @@ def isda(
     check_choice("isda", "update", update, ("before", "after"))
 
     def init(context: Context) -> ISDAState:
-        covariance = running_covariance_init(context.num_classes, context.features_size())
-        return ISDAState(*covariance, jnp.int32(-1), jnp.float32(0))
+        covariance = running_covariance_init(context.num_classes, context.features_size(), dtype=context.dtype)
+        return ISDAState(*covariance, jnp.int32(-1), jnp.zeros([], context.dtype))
 
     def advance(state: ISDAState, flow: Flow, context: Context) -> ISDAState:
-        before = RunningCovariance(state.count * jnp.asarray(decay, jnp.float32), state.mean, state.covariance)
+        before = RunningCovariance(state.count * jnp.asarray(decay, state.count.dtype), state.mean, state.covariance)
         now = running_covariance_update(before, flow.trace["features"], flow.labels, axis_name=context.axis_name)
         if ramp != "epoch":
             return ISDAState(*now, state.epoch, state.began)
         epoch = jnp.asarray(context.epoch, jnp.int32)
-        began = jnp.where(epoch != state.epoch, jnp.asarray(context.progress, jnp.float32), state.began)
+        began = jnp.where(epoch != state.epoch, jnp.asarray(context.progress, state.began.dtype), state.began)
         return ISDAState(*now, epoch, began)
 
     def apply(flow: Flow, rest: Rest, state: ISDAState, context: Context):
         flow = keep_clean(flow, flow.value)  # what follows knows the label
         after = advance(state, flow, context)
         ramped = jnp.asarray(
-            {"step": lambda: context.progress, "epoch": lambda: after.began, "none": lambda: 1}[ramp](), jnp.float32
+            {"step": lambda: context.progress, "epoch": lambda: after.began, "none": lambda: 1}[ramp](), context.dtype
         )
         covariance = after.covariance if update == "before" else state.covariance
         weights, _ = context.head()
-        shift = isda_delta(weights, covariance, strength=jnp.asarray(strength, jnp.float32) * ramped)
+        shift = isda_delta(weights, covariance, strength=jnp.asarray(strength, context.dtype) * ramped)
         return flow._replace(value=flow.value + shift[flow.labels].astype(flow.value.dtype)), after, {}
 
     return Perturbation("logits", init, apply, needs=("features", "head"))

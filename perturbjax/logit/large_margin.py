@@ -69,8 +69,8 @@ def large_margin(*, margin: int = 4, first: ArrayLike = 1000.0, last: ArrayLike 
     check_number("large_margin", low=0, high=1, ramp=ramp)
 
     def anneal(context: Context) -> jax.Array:
-        done = jnp.asarray(context.progress, jnp.float32) / jnp.maximum(jnp.asarray(ramp, jnp.float32), 1e-6)
-        begin, end = (jnp.log(jnp.asarray(x, jnp.float32)) for x in (first, last))
+        done = jnp.asarray(context.progress, context.dtype) / jnp.maximum(jnp.asarray(ramp, context.dtype), 1e-6)
+        begin, end = (jnp.log(jnp.asarray(x, context.dtype)) for x in (first, last))
         return jnp.exp(begin + (end - begin) * jnp.minimum(done, 1))
 
     def init(context: Context) -> tuple:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, check_samples, is_traced
@@ -136,7 +137,7 @@ def logpert(
     check_choice("logpert", "inference", inference, SEARCHES)
     for name, given, used_by in (
         ("step_size", step_size is not None, ("acs", "joint")), ("num_steps", num_steps != 1, ("acs",)),
-        ("decay", not is_traced(decay) and decay != 0.9, ("joint",)), ("milestones", milestones != (), ("joint",)),
+        ("decay", not is_traced(decay) and not np.isclose(decay, 0.9), ("joint",)), ("milestones", milestones != (), ("joint",)),
     ):  # fmt: skip
         if given and inference not in used_by:
             raise ValueError(
@@ -145,7 +146,7 @@ def logpert(
     rate = STEP_SIZES[inference] if step_size is None else step_size
 
     def init(context: Context) -> LogPertState:
-        table = lambda setting, shape=(), dtype=float: new_table("logpert", setting, context, shape, dtype)
+        table = lambda setting, shape=(), dtype=None: new_table("logpert", setting, context, shape, dtype)
         searched = f"inference={inference!r}"
         return LogPertState(
             delta=() if inference == "exact" else table(searched, (context.num_classes,)),

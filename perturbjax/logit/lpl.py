@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.bound import Bound, check_bound, largest, needs, needs_accuracy, radius
 from perturbjax.checks import check_choice, check_number, check_samples, is_traced
-from perturbjax.classes import AxisName, at_least_float32, class_mean, wide
+from perturbjax.classes import AxisName, at_least_float32, class_mean, number, wide
 from perturbjax.inference.pgd import UNROLLED, pgd
 from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, keep_clean
 from perturbjax.logit.lpl_steps import HeadTailSteps, ProportionalSteps, Steps, class_steps, largest_steps, steps_need
@@ -76,7 +76,8 @@ def lpl_delta(
 
 def lpl_steps(bound: ArrayLike, step_size: ArrayLike) -> jax.Array:
     """K_c = ⌊ε_c/α⌋ (eq. 19), with a guard: 0.9/0.3 is 2.9999998 in float32, and is three steps."""
-    return jnp.floor(jnp.asarray(bound, jnp.float32) / jnp.asarray(step_size, jnp.float32) + 1e-4)
+    bound = number(bound)
+    return jnp.floor(bound / jnp.asarray(step_size, bound.dtype) + 1e-4)
 
 
 def _cross_entropy(targets: jax.Array) -> Callable[[jax.Array], jax.Array]:
@@ -147,9 +148,9 @@ def _needed(most: Any, step_size: Any, num_steps: Steps | None = None) -> float 
         return largest_steps(num_steps)
     if most is None or is_traced(step_size):
         return None
-    if not np.isfinite(most).all():
+    if not np.isfinite(np.asarray(most)).all():
         raise ValueError(f"lpl needs a finite bound, got {most}. It sets the number of steps, floor(bound / step_size).")
-    steps = float(np.floor(np.max(most) / np.min(step_size) + 1e-4))
+    steps = float(np.floor(np.max(np.asarray(most)) / np.min(np.asarray(step_size)) + 1e-4))
     if steps > MOST_STEPS:
         raise ValueError(
             f"lpl needs bound / step_size <= {MOST_STEPS} steps, got {steps:g}. Lower the bound, or raise step_size."

@@ -15,7 +15,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
+from perturbjax.classes import number
 from perturbjax.link import Context
+from perturbjax.rounding import rounded
 from perturbjax.split import Split
 
 
@@ -64,27 +66,28 @@ def proportional_steps(
 def class_steps(steps: Steps, *, split: Split, state: Any, context: Context) -> jax.Array:
     """K_c [C] of a rule, with the split's statistics in `state`; or the numbers given, rounded down."""
     if isinstance(steps, HeadTailSteps):
-        n, sign = jnp.asarray(context.class_counts, jnp.float32), split.direction(state, context)
-        head, tail = n / n.max() * steps.most * steps.head, n.min() / jnp.maximum(n, 1) * steps.most
+        n, sign = jnp.asarray(context.class_counts, context.dtype), split.direction(state, context)
+        most, share = jnp.asarray(steps.most, n.dtype), jnp.asarray(steps.head, n.dtype)
+        head, tail = n * (most * share) / n.max(), n.min() * most / jnp.maximum(n, 1)
         return _snapshot(jnp.where(sign < 0, head, tail)) + 1
     if isinstance(steps, ProportionalSteps):
         q, tau = split.statistic(state, context, "linear")
         distance, sign = jnp.abs(tau - q), split.direction(state, context)
         furthest = lambda group: jnp.max(jnp.where(group, distance, 0))
         largest = jnp.where(sign < 0, furthest(sign < 0), furthest(sign > 0))
-        place = _snapshot(distance / jnp.where(largest > 0, largest, 1) * steps.most)
+        place = _snapshot(distance / jnp.where(largest > 0, largest, 1) * jnp.asarray(steps.most, distance.dtype))
         return _whole(steps.base) + place + 1
     return jnp.broadcast_to(_whole(steps), [context.num_classes])
 
 
 def _whole(x: ArrayLike) -> jax.Array:
     """x rounded down, with the guard of `lpl_steps`."""
-    return jnp.floor(jnp.asarray(x, jnp.float32) + 1e-4)
+    return jnp.floor(number(x) + 1e-4)
 
 
 def _snapshot(x: jax.Array) -> jax.Array:
     """The code's 0-based place; it has no lower limit for the head-tail rule, where a place below 0 would be the last one."""
-    return jnp.maximum(jnp.round(x - 1), 0)
+    return jnp.maximum(rounded(jnp.maximum(x - 1, 0)), 0)
 
 
 def largest_steps(steps: Steps) -> float | None:
@@ -92,9 +95,9 @@ def largest_steps(steps: Steps) -> float | None:
     if is_traced(steps):
         return None
     if isinstance(steps, HeadTailSteps):
-        return float(np.ceil(np.max(steps.most) * max(1.0, float(np.max(steps.head)))))
+        return float(np.ceil(np.max(np.asarray(steps.most)) * max(1.0, float(np.max(np.asarray(steps.head))))))
     if isinstance(steps, ProportionalSteps):
-        return float(np.ceil(np.max(steps.most)) + np.ceil(np.max(steps.base)))
+        return float(np.ceil(np.max(np.asarray(steps.most))) + np.ceil(np.max(np.asarray(steps.base))))
     return float(np.ceil(np.max(np.asarray(steps))))
 
 

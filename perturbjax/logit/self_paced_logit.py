@@ -79,8 +79,8 @@ def self_paced_logit(
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         flow = keep_clean(flow, flow.value)  # what follows knows the label
-        pace = 1 + jnp.asarray(growth, jnp.float32) * jnp.asarray(context.progress, jnp.float32)
-        threshold = jnp.asarray(tau, jnp.float32) * jnp.log(float(context.num_classes)) * pace
+        pace = 1 + jnp.asarray(growth, context.dtype) * jnp.asarray(context.progress, context.dtype)
+        threshold = jnp.asarray(tau, context.dtype) * jnp.log(float(context.num_classes)) * pace
         threshold = jnp.where(context.begun(start), threshold, jnp.inf)
         delta = _lift(flow.value, flow.labels, threshold, scale, context.axis_name)
         left = jnp.mean((delta == 0).all(axis=-1).astype(jnp.float32))

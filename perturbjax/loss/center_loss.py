@@ -21,7 +21,7 @@ from perturbjax.method import method
 class CenterState(NamedTuple):
     """What the next step needs."""
 
-    centers: jax.Array  # [C, d] float32
+    centers: jax.Array  # [C, d]
 
 
 def center_penalty(features: jax.Array, labels: jax.Array, centers: jax.Array) -> jax.Array:
@@ -41,7 +41,7 @@ def moved_centers(
 ) -> jax.Array:
     """The centres [C, d] after one step towards the batch's features; those of absent classes stay."""
     total = class_sum(jax.lax.stop_gradient(features), labels, centers.shape[0], axis_name=axis_name).astype(centers.dtype)
-    count = class_count(labels, centers.shape[0], axis_name=axis_name).astype(centers.dtype)[:, None]
+    count = class_count(labels, centers.shape[0], axis_name=axis_name, dtype=centers.dtype)[:, None]
     return centers - jnp.asarray(step_size, centers.dtype) * (count * centers - total) / (1 + count)
 
 
@@ -58,7 +58,7 @@ def center_loss(*, weight: ArrayLike = 0.003, step_size: ArrayLike = 0.5) -> Per
     check_number("center_loss", low=0, high=1, step_size=step_size)
 
     def init(context: Context) -> CenterState:
-        return CenterState(jnp.zeros([context.num_classes, context.features_size()], jnp.float32))
+        return CenterState(jnp.zeros([context.num_classes, context.features_size()], context.dtype))
 
     def apply(flow: Flow, rest: Rest, state: CenterState, context: Context):
         distance = center_penalty(flow.value, flow.labels, state.centers)

@@ -4,8 +4,10 @@ r"""Class weighting: one factor of the loss per class.
     effective   w_c ∝ (1 − β)/(1 − β^{N_c}), scaled to sum C          Cui et al., CVPR 2019
 
 The factor belongs to the sample's label and multiplies its whole loss, so smoothed or mixed targets keep their proportions
-(weighting each class's term instead would distort them). With `start` the weights act late in training only: deferred re-weighting
-(DRW), which goes with LDAM. Source: King & Zeng 2001 (balanced); Cui et al., CVPR 2019; Cao et al., NeurIPS 2019 (deferred).
+(weighting each class's term instead would distort them). The loss is the mean over the batch of the weighted losses, or, with
+average="weights", their sum over the sum of the weights: Σ_i w_{y_i} ℓ_i / Σ_i w_{y_i}. With `start` the weights act late in training
+only: deferred re-weighting (DRW), which goes with LDAM. Source: King & Zeng 2001 (balanced); Cui et al., CVPR 2019; Cao et al.,
+NeurIPS 2019 (deferred).
 """
 
 from typing import Literal
@@ -56,18 +58,22 @@ def class_weighting(
     beta: ArrayLike = 0.9999,
     weights: tuple[float, ...] | None = None,
     start: ArrayLike = 0.0,
+    average: Literal["batch", "weights"] = "batch",
 ) -> Perturbation:
     """Multiplies each sample's weight by that of its class.
 
     Args:
       kind: "none", "balanced" or "effective" (number of samples, with `beta`). weights: C numbers instead of a kind.
       start: share of training after which the weights act (0.8 for deferred re-weighting); before, all are 1.
+      average: "batch" divides the sum of the weighted losses by the number of samples, "weights" by the sum of the classes' weights
+        over the batch of all devices (torch's `CrossEntropyLoss(weight=)`), so that a batch of rare classes counts no more than others.
     """
     check_choice("class_weighting", "kind", kind, KINDS)
     if not is_traced(beta) and not 0 < float(np.asarray(beta)) <= 1 - 1e-7:
         raise ValueError(f"class_weighting needs 0 < beta < 1, got {beta}. The limit 1 is kind='balanced', up to a factor.")
     check_number("class_weighting", low=0, weights=weights)
     check_number("class_weighting", low=0, high=1, start=start)
+    check_choice("class_weighting", "average", average, ("batch", "weights"))
 
     def factors(context: Context) -> jax.Array:
         if weights is None:
@@ -82,6 +88,9 @@ def class_weighting(
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         factor = factors(context)[flow.labels].astype(flow.weights.dtype)
+        if average == "weights":
+            mean = factor.mean() if context.axis_name is None else jax.lax.pmean(factor.mean(), context.axis_name)
+            factor = factor / jnp.where(mean > 0, mean, 1)
         factor = jnp.where(context.begun(start), factor, 1)
         return flow._replace(weights=flow.weights * factor), state, {}
 

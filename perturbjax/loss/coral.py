@@ -40,7 +40,7 @@ def coral_penalty(
         )
     a = wide(features)
     member = jax.nn.one_hot(domains, num_domains, dtype=a.dtype)
-    count = class_count(domains, num_domains, axis_name=axis_name).astype(a.dtype)
+    count = class_count(domains, num_domains, axis_name=axis_name, dtype=a.dtype)
     mean = class_mean(a, domains, num_domains, axis_name=axis_name)
     centred = a - mean.at[domains].get(mode="clip")
     scatter = jnp.einsum("bd,bi,bj->dij", member, centred, centred, precision=jax.lax.Precision.HIGHEST)

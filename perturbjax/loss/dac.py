@@ -24,7 +24,7 @@ from perturbjax.method import method
 class DACState(NamedTuple):
     """What the next step needs."""
 
-    threshold: jax.Array  # [] float32, α̃, the running mean of (1 − p₀)·ℓ over the first part
+    threshold: jax.Array  # [], α̃, the running mean of (1 − p₀)·ℓ over the first part
     seen: jax.Array  # [] bool, whether it holds anything yet
 
 
@@ -68,22 +68,22 @@ def dac(*, start: ArrayLike = 0.1, weight: ArrayLike = 1.0, factor: ArrayLike = 
             raise ValueError(
                 f"dac needs outputs [B, C + 1] = [B, {wanted}], got {shape}. Put abstention's output after those of the classes."
             )
-        return DACState(jnp.zeros([], jnp.float32), jnp.zeros([], bool))
+        return DACState(jnp.zeros([], context.dtype), jnp.zeros([], bool))
 
     def apply(flow: Flow, rest: Rest, state: DACState, context: Context):
         logits, abstention = flow.trace["logits"], wide(flow.trace["outputs"])[:, -1]
         real = log_real(logits, abstention.astype(logits.dtype))
-        progress, begin = jnp.asarray(context.progress, jnp.float32), jnp.asarray(start, jnp.float32)
+        progress, begin = jnp.asarray(context.progress, context.dtype), jnp.asarray(start, context.dtype)
         first = ~context.begun(start)
 
-        now = jax.lax.stop_gradient(jnp.mean(jnp.exp(real) * flow.value)).astype(jnp.float32)
+        now = jax.lax.stop_gradient(jnp.mean(jnp.exp(real) * flow.value)).astype(state.threshold.dtype)
         if context.axis_name is not None:
             now = jax.lax.pmean(now, context.axis_name)
-        rate = jnp.asarray(decay, jnp.float32)
+        rate = jnp.asarray(decay, now.dtype)
         moved = jnp.where(state.seen, rate * state.threshold + (1 - rate) * now, now)
         after = DACState(jnp.where(first | ~state.seen, moved, state.threshold), jnp.ones([], bool))
 
-        low, high = after.threshold / jnp.asarray(factor, jnp.float32), jnp.asarray(weight, jnp.float32)
+        low, high = after.threshold / jnp.asarray(factor, now.dtype), jnp.asarray(weight, now.dtype)
         alpha = low + (high - low) * jnp.clip((progress - begin) / (1 - begin), 0, 1)
         losses = jnp.where(first, flow.value - real, dac_losses(flow.value, real, alpha))
         abstained = jnp.mean((abstention > logits.max(axis=-1)).astype(jnp.float32))

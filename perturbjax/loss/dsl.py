@@ -23,14 +23,15 @@ from perturbjax.classes import AxisName, gather, own_entries, wide
 from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.method import method
 from perturbjax.projection import unit
+from perturbjax.rounding import rounded_down
 
 
 class DSLState(NamedTuple):
     """What the next step needs; n features of each class at most, L prototypes."""
 
-    features: jax.Array  # [C, n, d] float32, the latest features of each class, of length 1
+    features: jax.Array  # [C, n, d], the latest features of each class, of length 1
     count: jax.Array  # [C] int32, how many were ever written; number i stands in row i mod n
-    prototypes: jax.Array  # [C, L, d] float32
+    prototypes: jax.Array  # [C, L, d]
     chosen: jax.Array  # [C, L] bool, which of them there are
 
 
@@ -58,7 +59,7 @@ def choose_prototypes(
 
 def _from_the_top(values: jax.Array, valid: jax.Array, share: ArrayLike) -> jax.Array:
     """The value in [−1, 1] that a share of the valid ones exceed: by halving an interval, many times faster than sorting all pairs."""
-    number = jnp.floor(jnp.asarray(share, jnp.float32) * jnp.sum(valid, dtype=jnp.float32)).astype(jnp.int32)
+    number = rounded_down(jnp.asarray(share, values.dtype) * jnp.sum(valid, dtype=values.dtype)).astype(jnp.int32)
 
     def halve(_, interval):
         low, high = interval
@@ -129,7 +130,7 @@ def dsl(
         unknown = context.class_counts is None or is_traced(context.class_counts)
         most = num_samples if unknown else int(np.max(np.asarray(context.class_counts)))
         size = max(min(num_samples, most), num_prototypes)
-        empty = lambda n: jnp.zeros([classes, n, dimension], jnp.float32)
+        empty = lambda n: jnp.zeros([classes, n, dimension], context.dtype)
         none = jnp.zeros([classes, num_prototypes], bool)
         return DSLState(empty(size), jnp.zeros([classes], jnp.int32), empty(num_prototypes), none)
 

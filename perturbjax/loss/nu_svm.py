@@ -25,7 +25,7 @@ from perturbjax.method import method
 class NuSVMState(NamedTuple):
     """What the next step needs."""
 
-    rho: jax.Array  # [] float32, the margin ρ
+    rho: jax.Array  # [], the margin ρ
 
 
 def nu_svm_losses(margin: jax.Array, *, rho: ArrayLike, nu: ArrayLike = 0.5) -> jax.Array:
@@ -61,7 +61,7 @@ def nu_svm(*, nu: ArrayLike = 0.5, step_size: ArrayLike = 0.1, normalize: bool =
         return x.mean() if context.axis_name is None else jax.lax.pmean(x.mean(), context.axis_name)
 
     def init(context: Context) -> NuSVMState:
-        return NuSVMState(jnp.zeros([], jnp.float32))
+        return NuSVMState(jnp.zeros([], context.dtype))
 
     def apply(flow: Flow, rest: Rest, state: NuSVMState, context: Context):
         margin = margins(flow.trace["logits"])
@@ -72,8 +72,8 @@ def nu_svm(*, nu: ArrayLike = 0.5, step_size: ArrayLike = 0.1, normalize: bool =
         targets = flow.targets.astype(margin.dtype)
         losses = jnp.sum(targets * nu_svm_losses(margin, rho=state.rho, nu=nu), axis=-1)
         below = jnp.where(margin < state.rho.astype(margin.dtype), targets, 0).sum(axis=-1)
-        short = jax.lax.stop_gradient(average(below, context)).astype(jnp.float32)
-        step = jnp.asarray(step_size, jnp.float32) * (short - jnp.asarray(nu, jnp.float32))
+        short = jax.lax.stop_gradient(average(below, context)).astype(state.rho.dtype)
+        step = jnp.asarray(step_size, short.dtype) * (short - jnp.asarray(nu, short.dtype))
         return flow._replace(value=losses), NuSVMState(state.rho - step), {"rho": state.rho, "short": short}
 
     return Perturbation("loss", init, apply, needs=("features", "head") if normalize else ())

@@ -17,10 +17,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, is_traced
-from perturbjax.classes import AxisName, gather
+from perturbjax.classes import AxisName, gather, number
 from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.method import method
 from perturbjax.parameter.timing import Course, Place, at, check_setting, not_negative
+from perturbjax.rounding import rounded_up
 
 
 def self_paced_losses(losses: jax.Array, threshold: ArrayLike, *, kind: Literal["hard", "linear"] = "hard") -> jax.Array:
@@ -40,10 +41,8 @@ def self_paced_losses(losses: jax.Array, threshold: ArrayLike, *, kind: Literal[
 def loss_quantile(losses: jax.Array, level: ArrayLike, *, axis_name: AxisName = None) -> jax.Array:
     """The loss that a share `level` of the batch (of all devices' batches) does not exceed: the ⌈level · B⌉-th smallest."""
     losses = gather(losses, axis_name)
-    number = jnp.ceil(jnp.asarray(level, jnp.float32) * losses.shape[0] - 1e-3).astype(
-        jnp.int32
-    )  # 0.9 · 10 is 9, not 9.0000004
-    return jnp.sort(losses)[jnp.clip(number, 1, losses.shape[0]) - 1]
+    place = rounded_up(number(level) * losses.shape[0]).astype(jnp.int32)
+    return jnp.sort(losses)[jnp.clip(place, 1, losses.shape[0]) - 1]
 
 
 @method(
@@ -82,8 +81,8 @@ def self_paced(
             return not_negative(at(tau, place)).astype(losses.dtype)
         if not is_traced(ramp) and np.all(np.asarray(ramp) <= 0):
             return loss_quantile(losses, 1.0, axis_name=context.axis_name)
-        first, share = jnp.asarray(start, jnp.float32), jnp.asarray(ramp, jnp.float32)
-        done = jnp.minimum(jnp.asarray(context.progress, jnp.float32) / jnp.where(share > 0, share, 1), 1)
+        first, share = jnp.asarray(start, context.dtype), jnp.asarray(ramp, context.dtype)
+        done = jnp.minimum(jnp.asarray(context.progress, context.dtype) / jnp.where(share > 0, share, 1), 1)
         level = jnp.where(share > 0, first + (1 - first) * done, 1)
         return loss_quantile(losses, level, axis_name=context.axis_name)
 

@@ -4,22 +4,23 @@ r"""SWAD: the mean of the weights of all steps in a window that begins where the
     θ = (1 + r) · mean(v_s, …, v_{s+N_s−1});   e = j − N_e for the first j after these with min(v_{j−N_e+1}, …, v_j) > θ
     w̄ = mean of the weights after every step of the intervals s, …, e;   training ends at j              N_s = 3, N_e = 6, r = 0.3
 
-Without such a j the window goes on to the last interval; without such an s it is the last interval alone. Three parts: `swad`, an optax
-link that adds up the weights of the present interval; `swad_window`, the rule above; `SWADAverage`, which keeps what the rule may still
-need while training goes on. BatchNorm's running statistics belong to no average: compute them anew for w̄.
-Source: Cha et al., "SWAD: Domain Generalization by Seeking Flat Minima", NeurIPS 2021, Algorithm 1.
+Without such a j the window goes on to the last interval; without such an s it is the last interval alone. Parts: `swad`, an optax
+link that adds up the weights of the present interval; `swad_window`, the rule above; `swad_counts`, that of the authors' code, whose
+window begins before s; `SWADAverage`, which keeps what a rule may still need while training goes on. BatchNorm's running statistics
+belong to no average: compute them anew for w̄.
+Source: Cha et al., "SWAD: Domain Generalization by Seeking Flat Minima", NeurIPS 2021, Algorithm 1; github.com/khanrc/swad.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from perturbjax.checks import check_number
+from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import at_least_float32
 from perturbjax.method import method
 
@@ -55,6 +56,71 @@ def swad_window(
         if v[j - patience + 1 : j + 1].min() > threshold:
             return first, j - patience
     return first, final
+
+
+def swad_counts(
+    losses: Sequence[float],
+    *,
+    converge: int = CONVERGE,
+    patience: int = PATIENCE,
+    tolerance: float = TOLERANCE,
+    finished: bool = True,
+) -> tuple[list[int], bool]:
+    """(how often the mean of each interval counts in the authors' code, whether the window has ended there).
+
+    There the average begins with the N_e − N_s intervals up to s, those after the last one above θ and one more left out; from the
+    N_e-th evaluation after that of s on, each adds the interval N_e − 1 before it, as long as one of the last N_e losses is at most θ.
+    So s may count twice, and early intervals several times where training converges before its N_e-th evaluation. At the end of
+    training the intervals that still wait are added as long as one of those left is at most θ. No interval is weighed by its number
+    of steps; without convergence it is the last one alone.
+
+    Args:
+      losses, converge, patience, tolerance: as in `swad_window`.
+      finished: whether training is over.
+
+    >>> swad_counts([3.0, 2.9, 2.8, 2.7, 1.0, 1.2, 1.1, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0])
+    ([0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0], True)
+    """
+    check_number("swad_counts", low=1, converge=converge, patience=patience)
+    check_number("swad_counts", low=0, tolerance=tolerance)
+    first = swad_window(losses, converge=converge, patience=patience, tolerance=tolerance)[0]
+    counts, ended = _added(losses, first, converge, patience, tolerance, finished)
+    if not any(counts):  # nothing has been added to the interval that the average is begun with
+        counts[-1 if first is None else first] = 1
+    return counts, ended
+
+
+def _added(
+    losses: Sequence[float], first: int | None, converge: int, patience: int, tolerance: float, finished: bool
+) -> tuple[list[int], bool]:
+    """`swad_counts` of a loss that has converged at `first`, without the interval that stands for none."""
+    counts, newest = [0] * len(losses), len(losses) - 1
+    if first is None:
+        return counts, False
+    threshold = (1 + tolerance) * np.asarray(losses[first : first + converge], np.float64).mean()
+    known = first + converge - 1  # the evaluation at which it has converged
+    waiting = lambda j: range(max(0, j - patience + 1), j + 1)
+    if patience < converge:
+        begun = list(range(first + 1, first + 1 + converge - patience))
+    elif patience > converge:
+        early = list(waiting(known))[: patience - converge + 1]
+        above = [k for k in early if losses[k] > threshold]
+        begun = [k for k in early if k > (above[-1] + 1 if above else early[0])]
+    else:
+        begun = []
+    for k in begun:
+        counts[k] += 1
+    for j in range(known + 1, len(losses)):
+        if waiting(j)[0] < first:
+            continue
+        if min(losses[k] for k in waiting(j)) > threshold:
+            return counts, True
+        counts[waiting(j)[0]] += 1
+    if finished:
+        left = list(waiting(newest))[1:]
+        while left and min(losses[k] for k in left) <= threshold:
+            counts[left.pop(0)] += 1
+    return counts, False
 
 
 class SWADState(NamedTuple):
@@ -115,19 +181,27 @@ def swad_interval(opt_state: optax.OptState, params: Any) -> tuple[Any, int, opt
 
 @dataclasses.dataclass
 class SWADAverage:
-    """The average over the window while training goes on: keeps at most max(N_s, N_e) intervals beside one sum, in host memory.
+    """The average over the window while training goes on: keeps at most max(N_s, N_e) intervals (and one more, by
+    the code's rule) beside one sum, in host memory.
 
-    converge, patience, tolerance: as in `swad_window`.
+    converge, patience, tolerance: as in `swad_window`. rule: "paper", the window of `swad_window`, or "code", the intervals of
+    `swad_counts`.
     """
 
     converge: int = CONVERGE
     patience: int = PATIENCE
     tolerance: float = TOLERANCE
+    rule: Literal["paper", "code"] = "paper"
     losses: list[float] = dataclasses.field(default_factory=list)
     """Of all intervals so far."""
     _pending: dict[int, tuple[Any, int]] = dataclasses.field(default_factory=dict)
     _total: Any = None
     _steps: int = 0
+    _counted: list[int] = dataclasses.field(default_factory=list)
+    """How often each interval is in the sum already (rule "code")."""
+
+    def __post_init__(self) -> None:
+        check_choice("SWADAverage", "rule", self.rule, ("paper", "code"))
 
     def add(self, loss: float, mean: Any, steps: int) -> bool:
         """Takes an interval: its validation loss, the mean of its weights, its steps. True once the window has ended: stop training."""
@@ -135,6 +209,8 @@ class SWADAverage:
             return True
         self._pending[len(self.losses)] = (jax.tree.map(np.asarray, mean), steps)
         self.losses.append(float(loss))
+        if self.rule == "code":
+            return self._add_by_counts()
         first, last = self.window
         newest = len(self.losses) - 1
         # The newest before convergence may be all there is. After it, the window reaches newest − N_e at least, wherever it ends.
@@ -146,20 +222,54 @@ class SWADAverage:
                 self._fold(*self._pending.pop(k))
         return self.ended
 
+    def _add_by_counts(self) -> bool:
+        """Adds what has come to count with the newest interval."""
+        first = swad_window(self.losses, **self._settings)[0]
+        counts, ended = _added(self.losses, first, **self._settings, finished=False)
+        self._counted.append(0)
+        for k in self._due(counts):
+            self._fold(self._pending[k][0], 1)
+            self._counted[k] += 1
+        for k in [k for k in self._pending if k < len(counts) - 1 - max(self.converge, self.patience)]:
+            del self._pending[k]
+        return ended
+
+    def _due(self, counts: list[int]) -> list[int]:
+        """The intervals that are to be added to the sum, each as often as it is missing there."""
+        return [k for k in sorted(self._pending) for _ in range(counts[k] - self._counted[k])]
+
+    def _counts(self, *, finished: bool) -> tuple[list[int], bool]:
+        return swad_counts(self.losses, finished=finished, **self._settings)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return dict(converge=self.converge, patience=self.patience, tolerance=self.tolerance)
+
     @property
     def window(self) -> tuple[int | None, int]:
-        """As in `swad_window`."""
-        return swad_window(self.losses, converge=self.converge, patience=self.patience, tolerance=self.tolerance)
+        """As in `swad_window`: the first and the last interval that count."""
+        found = swad_window(self.losses, **self._settings)
+        if self.rule == "paper" or found[0] is None:
+            return found
+        counted = np.flatnonzero(self._counts(finished=True)[0])
+        return int(counted[0]), int(counted[-1])
 
     @property
     def ended(self) -> bool:
         """Whether the window has ended before the last interval."""
+        if self.rule == "code":
+            return bool(self.losses) and self._counts(finished=False)[1]
         return bool(self.losses) and self.window[1] < len(self.losses) - 1
 
     def average(self) -> Any:
         """The weights w̄, in the dtype of the means given (float32)."""
         first, last = self.window
         total, steps = self._total, self._steps
+        if self.rule == "code":
+            counts, _ = self._counts(finished=True)
+            for k in self._due(counts):
+                total, steps = _plus(total, steps, self._pending[k][0], 1)
+            last = first = -1  # nothing is left
         for k in sorted(self._pending):
             if (last if first is None else first) <= k <= last:
                 total, steps = _plus(total, steps, *self._pending[k])

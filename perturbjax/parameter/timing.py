@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, is_traced
-from perturbjax.classes import wide
+from perturbjax.classes import number, wide
 from perturbjax.link import CLOSE, reached
 
 LOOKED_AT = (0, 1, 10)  # steps at which a schedule's values are checked on the host
@@ -32,7 +32,7 @@ class Place(NamedTuple):
     """Where training stands; None: not given to the update."""
 
     step: Any  # [] int32; the link's own count if not given
-    progress: Any  # [] float32, step / total steps
+    progress: Any  # [], step / total steps
     value: Any  # [] the loss
     rate: Any  # [] the learning rate over the highest one
 
@@ -43,12 +43,12 @@ class Place(NamedTuple):
         return cls(count if step is None else step, *(extra_args.get(name) for name in ("progress", "value", "rate")))
 
     def need(self, who: str, name: str) -> jax.Array:
-        """One of the fields as float32; raises ValueError, naming the call that works, if it was not given."""
+        """One of the fields in at least float32; raises ValueError, naming the call that works, if it was not given."""
         given = getattr(self, name)
         if given is None:
             how = {"progress": "step / total_steps", "value": "loss", "rate": "learning_rate / highest_learning_rate"}[name]
             raise ValueError(f"{who} needs `{name}`, got none: call tx.update(grads, state, params, ..., {name}={how}).")
-        return jnp.asarray(given, jnp.float32)
+        return number(given)
 
 
 # ------------------------------------------------------------------------------------------------- numbers that follow the run
@@ -66,14 +66,15 @@ class Course:
     floor: ArrayLike = 0.0
 
     def at(self, place: Place) -> jax.Array:
-        """Its value there, [] float32."""
-        first, last, growth, floor = (jnp.asarray(x, jnp.float32) for x in (self.first, self.last, self.growth, self.floor))
+        """Its value there, [], of the float type of what it follows."""
+        followed = place.need(self.shape, "rate" if self.shape == "by_rate" else "progress")
+        first, last, growth, floor = (jnp.asarray(x, followed.dtype) for x in (self.first, self.last, self.growth, self.floor))
         if self.shape == "by_rate":
-            weight = jnp.clip((place.need("by_rate", "rate") - floor) / (1 - floor), 0, 1)
+            weight = jnp.clip((followed - floor) / (1 - floor), 0, 1)
         else:
-            over = jnp.clip(place.need(self.shape, "progress"), 0, 1)
+            over = jnp.clip(followed, 0, 1)
             if self.shape == "cosine":
-                lengths = growth ** jnp.arange(self.cycles, dtype=jnp.float32)
+                lengths = growth ** jnp.arange(self.cycles, dtype=over.dtype)
                 ends = jnp.cumsum(lengths) / lengths.sum()
                 cycle = jnp.minimum(jnp.sum(over + CLOSE >= ends), self.cycles - 1)  # the last one includes its end
                 begin = jnp.where(cycle > 0, ends[cycle - 1], 0)
@@ -193,8 +194,8 @@ class Timing:
 class PlateauState(NamedTuple):
     """What `plateau` remembers."""
 
-    smooth: jax.Array  # [] float32, running mean of the loss; inf before the first
-    best: jax.Array  # [] float32, its lowest value, inf before the first
+    smooth: jax.Array  # [], running mean of the loss; inf before the first
+    best: jax.Array  # [], its lowest value, inf before the first
     waited: jax.Array  # [] int32, steps since it improved
     on: jax.Array  # [] bool, whether a plateau was reached
 
@@ -213,12 +214,12 @@ class Plateau(Timing):
         return True
 
     def init(self) -> PlateauState:
-        inf = jnp.full([], jnp.inf, jnp.float32)
+        inf = jnp.full([], jnp.inf, jnp.result_type(float))
         return PlateauState(inf, inf, jnp.zeros([], jnp.int32), jnp.zeros([], bool))
 
     def active(self, memory: PlateauState, place: Place) -> tuple[jax.Array, PlateauState]:
-        value = place.need("plateau", "value")
-        threshold, decay = (jnp.asarray(x, jnp.float32) for x in (self.threshold, self.decay))
+        value = place.need("plateau", "value").astype(memory.smooth.dtype)
+        threshold, decay = (jnp.asarray(x, value.dtype) for x in (self.threshold, self.decay))
         smooth = jnp.where(jnp.isinf(memory.smooth), value, decay * memory.smooth + (1 - decay) * value)
         better = jnp.isinf(memory.best) | (smooth < memory.best - threshold * jnp.abs(memory.best))
         best, waited = jnp.where(better, smooth, memory.best), jnp.where(better, 0, memory.waited + 1)

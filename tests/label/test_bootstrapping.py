@@ -44,6 +44,17 @@ def test_gradient_is_the_finite_difference_with_the_targets_held(problem, kind):
         assert np.abs(grad - difference(through, w)).max() > 1e-3
 
 
+def test_through_lets_the_gradient_into_the_soft_target(problem):
+    w, x, y = problem
+    out, grad = run(w, x, y, pj.bootstrapping(weight=0.3, through=True))
+    loss = lambda w: cross_entropy(x @ w, moved(np.eye(C)[y], x @ w, 0.3, "soft"))
+    np.testing.assert_allclose(out.losses, loss(w), rtol=1e-12)
+    np.testing.assert_allclose(grad, difference(lambda w: loss(w).mean(), w), atol=1e-9)
+    assert np.abs(grad - run(w, x, y, pj.bootstrapping(weight=0.3))[1]).max() > 1e-3
+    off = run(w, x, y, pj.bootstrapping(weight=0.0, through=True))[1]
+    np.testing.assert_allclose(off, run(w, x, y, ())[1], rtol=1e-12, atol=1e-15)
+
+
 logits = st.lists(st.lists(st.floats(-30, 30, width=32), min_size=C, max_size=C), min_size=3, max_size=3)
 
 
@@ -88,6 +99,9 @@ def test_errors_say_what_was_given():
         pj.bootstrapping(kind="firm")
     with pytest.raises(ValueError, match="bootstrapping needs 0 <= weight <= 1, got -0.1"):
         pj.bootstrapping(weight=-0.1)
+    for settings, given_as in ((dict(kind="hard"), "kind='hard'"), (dict(previous=True), "previous=True")):
+        with pytest.raises(ValueError, match=f"needs the current soft prediction for through=True, got {given_as}. Leave"):
+            pj.bootstrapping(through=True, **settings)
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])

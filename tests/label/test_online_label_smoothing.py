@@ -29,11 +29,35 @@ def test_three_epochs_in_numpy():
         out, _ = run(w, x, y, link, states=states, step=dict(epoch=step // 3))
         states, p, onehot = out.states, softmax(u), np.eye(C)[y]
         targets = np.where(known[y][:, None], 0.5 * onehot + 0.5 * soft[y], onehot)
-        np.testing.assert_allclose(out.losses, losses(u, targets), rtol=1e-5)  # the means are kept in float32
+        np.testing.assert_allclose(out.losses, losses(u, targets), rtol=1e-12)
         for i in np.flatnonzero(p.argmax(1) == y):
             total[y[i]] += p[i]
             count[y[i]] += 1
     assert known.all() and 0 < count.sum() < 24
+
+
+def test_by_the_code_soft_labels_begin_as_zeros_and_are_uniform_for_a_class_without_a_hit():
+    """The authors' code in numpy over four epochs: a matrix of zeros, then means of the last epoch's right predictions, or 1/C."""
+    link, states, w = pj.online_label_smoothing(missing="code", weight=0.5), None, weights()
+    soft, total, count, uniform = np.zeros((C, C)), np.zeros((C, C)), np.zeros(C), 0
+    for step, (x, y, _) in enumerate(batches(8)):
+        if step % 2 == 0 and step:
+            soft = np.where(count[:, None] > 0, total / np.maximum(count, 1)[:, None], 1 / C)
+            uniform += (count == 0).sum()
+            total, count = np.zeros((C, C)), np.zeros(C)
+        u = x @ w
+        out, grad = run(w, x, y, link, states=states, step=dict(epoch=step // 2))
+        before = jax.tree.map(lambda a: (a.shape, a.dtype), states or out.states)
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), out.states) == before
+        states, p, targets = out.states, softmax(u), 0.5 * np.eye(C)[y] + 0.5 * soft[y]
+        np.testing.assert_allclose(out.losses, losses(u, targets), rtol=1e-12)
+        np.testing.assert_allclose(grad, numeric_gradient(lambda w, x=x, t=targets: losses(x @ w, t).mean(), w), atol=1e-8)
+        if step < 2:
+            np.testing.assert_allclose(out.losses, 0.5 * losses(u, np.eye(C)[y]), rtol=1e-12)
+        for i in np.flatnonzero(p.argmax(1) == y):
+            total[y[i]] += p[i]
+            count[y[i]] += 1
+    assert 0 < uniform < 3 * C
 
 
 def test_gradient_is_the_finite_difference_with_the_matrix_held():
@@ -71,3 +95,5 @@ def test_bare_function_and_errors():
     np.testing.assert_allclose(after, soft)
     with pytest.raises(ValueError, match="online_label_smoothing needs 0 <= weight <= 1, got 2"):
         pj.online_label_smoothing(weight=2)
+    with pytest.raises(ValueError, match="online_label_smoothing needs missing to be one of its names, got 'zeros'"):
+        pj.online_label_smoothing(missing="zeros")

@@ -60,6 +60,49 @@ def test_loss_and_gradient_are_the_mean_of_weighted_losses(problem, settings):
     np.testing.assert_allclose(grad, difference(plain, w), atol=1e-9)
 
 
+@pytest.mark.parametrize("settings", [dict(kind="balanced"), dict(kind="none"), dict(weights=(2.0, 0.0, 1.0, 0.5))])
+def test_averaged_over_the_weights_it_is_the_weighted_mean(problem, settings):
+    """Σ w_y ℓ / Σ w_y, as torch averages a weighted cross entropy."""
+    w, x, y = problem
+    loss, _, grad = run(w, x, y, pj.class_weighting(average="weights", **settings))
+    factor = np.asarray(settings.get("weights", pj.class_weights(COUNTS, kind=settings.get("kind", "none"))), np.float64)[y]
+    plain = lambda w: (factor * -log_softmax(x @ w)[np.arange(7), y]).sum() / factor.sum()
+    np.testing.assert_allclose(loss, plain(w), rtol=1e-12)
+    np.testing.assert_allclose(grad, difference(plain, w), atol=1e-9)
+
+
+def test_averaged_over_the_weights_deferred_weights_begin_as_plain_training(problem):
+    w, x, y = problem
+    made = pj.objective(MODEL, pj.class_weighting(start=0.8, average="weights"), num_classes=C, class_counts=COUNTS)
+    at = lambda progress: made(w, made.init(w, x), pj.batch(x, jnp.asarray(y)), progress=progress)[0]
+    losses, factor = -log_softmax(x @ w)[np.arange(7), y], np.asarray(pj.class_weights(COUNTS))[y]
+    np.testing.assert_allclose(at(0.7), losses.mean(), rtol=1e-12)
+    np.testing.assert_allclose(at(0.8), (factor * losses).sum() / factor.sum(), rtol=1e-12)
+
+
+def test_averaged_over_the_weights_a_batch_without_any_weight_has_no_loss_and_no_nan(problem):
+    w, x, _ = problem
+    loss, _, grad = run(w, x, np.ones(7, np.int32), pj.class_weighting(weights=(1.0, 0.0, 1.0, 1.0), average="weights"))
+    assert loss == 0 and (grad == 0).all()
+
+
+def test_averaged_over_the_weights_four_devices_are_one(problem):
+    rng = np.random.default_rng(1)
+    w, x, y = (jnp.asarray(v) for v in (rng.normal(size=(5, C)), rng.normal(size=(16, 5)), rng.integers(0, C, 16)))
+
+    def loss(w, x, y, axis_name=None):
+        links = pj.class_weighting(average="weights")
+        made = pj.objective(MODEL, links, num_classes=C, class_counts=COUNTS, axis_name=axis_name)
+        value = made(w, ((),), pj.batch(x, y))[0]
+        return value if axis_name is None else jax.lax.pmean(value, axis_name)
+
+    P, mesh = jax.sharding.PartitionSpec, jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(
+        lambda w, x, y: loss(w, x, y, "d"), mesh=mesh, in_specs=(P(), P("d"), P("d")), out_specs=P(), check_vma=False
+    )
+    np.testing.assert_allclose(jax.jit(mapped)(w, x, y), loss(w, x, y), rtol=1e-9)
+
+
 def test_smoothed_targets_keep_their_proportions(problem):
     """The factor is the sample's; a weight on each class's term would pull the optimum away from the smoothed targets."""
     w, x, y = problem
@@ -114,5 +157,7 @@ def test_errors_say_what_to_do():
         pj.class_weighting(beta=1.0)
     with pytest.raises(ValueError, match="class_weighting needs 0 <= start <= 1, got 2"):
         pj.class_weighting(start=2.0)
+    with pytest.raises(ValueError, match="class_weighting needs average to be one of its names, got 'mean'"):
+        pj.class_weighting(average="mean")
     with pytest.raises(ValueError, match="class_weighting needs weights >= 0"):
         pj.class_weighting(weights=(1.0, -2.0, 1.0, 1.0))

@@ -7,7 +7,7 @@ import pytest
 
 import perturbjax as pj
 from perturbjax.loss.dann import DANNState
-from tests.loss.problem import DEEP, B, C, assert_close, cross_entropy, deep, difference, onehot, run
+from tests.loss.problem import DEEP, B, C, assert_close, cross_entropy, deep, difference, log_softmax, onehot, run
 
 DOMAINS = np.array([0, 1, 2, 0, 1, 2, 0], np.int32)
 SETTINGS = dict(settings=dict(num_domains=3), side={"domain": jnp.asarray(DOMAINS)})
@@ -77,6 +77,56 @@ def test_the_second_step_is_adam_with_half_the_momentum(problem):
     assert_close(layers[2], jax.tree.map(expected, layers[1], *grads), rtol=1e-5, atol=1e-7)
 
 
+def test_domain_bed_s_second_moment_and_gradient_penalty(problem):
+    """ℓ^dom + g·‖∂ℓ^dom/∂a‖² of each sample, for the features and for the classifier, and two steps of Adam with β₂ = 0.9."""
+    params, x, y = problem
+    link = pj.dann(weight=0.8, step_size=0.02, square_decay=0.9, gradient_penalty=0.7, width=4, depth=2)
+    state = start(params, x, link)
+    features = lambda p: np.tanh(x @ p["a"])
+
+    def penalised(theta, a):
+        """By hand: ∂ℓ/∂a = W(1[z > 0] ⊙ V(softmax − y))."""
+        (w, b), (v, c) = theta
+        hidden = a @ w + b
+        residual = np.exp(log_softmax(np.maximum(hidden, 0) @ v + c)) - np.eye(3)[DOMAINS]
+        slope = ((hidden > 0) * (residual @ v.T)) @ w.T
+        return classified(theta, a) + 0.7 * (slope**2).sum(1)
+
+    named = lambda layers: dict(zip("wbvc", [np.asarray(z) for pair in layers for z in pair], strict=True))
+    layered = lambda p: ((p["w"], p["b"]), (p["v"], p["c"]))
+    theta, m, v = named(state.layers), 0.0, 0.0
+    m, v = ({k: 0 * z for k, z in theta.items()} for _ in range(2))
+    for number in (1, 2):
+        out, grad = run(params, x, y, link, model=DEEP, states=(state,), **SETTINGS)
+
+        def loss(p, theta=theta):
+            plain = cross_entropy(features(p) @ p["w"].T + p["b"], onehot(y))
+            return plain - 0.8 * penalised(layered(theta), features(p))
+
+        np.testing.assert_allclose(out.losses, loss(params), rtol=1e-9)
+        assert_close(grad, difference(lambda p: loss(p).mean(), params), atol=1e-7)
+        slope = difference(lambda p: penalised(layered(p), features(params)).mean(), theta)
+        m = {k: 0.5 * m[k] + 0.5 * slope[k] for k in theta}
+        v = {k: 0.9 * v[k] + 0.1 * slope[k] ** 2 for k in theta}
+        theta = {k: theta[k] - 0.02 * m[k] / (1 - 0.5**number) / (np.sqrt(v[k] / (1 - 0.9**number)) + 1e-8) for k in theta}
+        [state] = out.states
+        large = {k: np.abs(slope[k]) > 1e-4 for k in theta}  # the rest is 0/0 to the rounding of the differences
+        for k, after in named(state.layers).items():
+            np.testing.assert_allclose(after[large[k]], theta[k][large[k]], rtol=1e-6, atol=1e-7)
+        theta = named(state.layers)
+
+
+def test_a_gradient_penalty_of_zero_is_none(problem):
+    params, x, y = problem
+    links = [pj.dann(width=4, depth=2, gradient_penalty=g) for g in (None, 0.0)]
+    (none, grad), (zero, grad0) = (
+        run(params, x, y, link, model=DEEP, states=(start(params, x, link),), **SETTINGS) for link in links
+    )
+    np.testing.assert_allclose(zero.losses, none.losses, rtol=1e-14)
+    assert_close(grad0, grad, rtol=1e-12, atol=1e-15)
+    assert_close(zero.states[0].layers, none.states[0].layers, rtol=1e-10, atol=1e-12)
+
+
 def test_the_classifier_learns_domains_that_can_be_told_apart():
     """With the network at rest its loss falls far below that of guessing, log D."""
     rng = np.random.default_rng(0)
@@ -112,6 +162,8 @@ def test_errors_say_what_was_given():
         (dict(weight=-1.0), "dann needs weight >= 0, got -1"),
         (dict(step_size=-1.0), "dann needs step_size >= 0"),
         (dict(decay=1.0), "dann needs 0 <= decay <= 0.999, got 1"),
+        (dict(square_decay=1.0), "dann needs 0 <= square_decay <= 0.999999, got 1"),
+        (dict(gradient_penalty=-1.0), "dann needs gradient_penalty >= 0, got -1"),
         (dict(depth=0), "dann needs depth >= 1, got 0"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -110,9 +110,46 @@ def test_by_category_four_devices_are_one(problem):
     np.testing.assert_allclose(jax.jit(mapped)(w, x, y), losses(w, x, y), rtol=1e-9)
 
 
+def sigmoid_focal(u, y, gamma):
+    """Σ_c (1 − q)^γ · (−log q), q = σ(u) for the true class and 1 − σ(u) for the others, in numpy."""
+    own = np.eye(C)[y] > 0
+    q = np.where(own, 1 / (1 + np.exp(-u)), 1 / (1 + np.exp(u)))
+    return ((1 - q) ** gamma * -np.log(q)).sum(1)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_the_sigmoid_form_asks_one_question_per_class(problem, gamma):
+    w, x, y = problem
+    out, grad = run(w, x, y, pj.focal(form="sigmoid", gamma=gamma))
+    np.testing.assert_allclose(out.losses, sigmoid_focal(x @ w, y, gamma), rtol=1e-10)
+    np.testing.assert_allclose(grad, difference(lambda w: sigmoid_focal(x @ w, y, gamma).mean(), w), atol=1e-8)
+
+
+def test_the_class_balanced_focal_loss_is_the_sigmoid_form_with_effective_weights(problem):
+    """Cui et al.: weights ∝ (1 − β)/(1 − β^n), scaled to sum C, times the sigmoid focal loss of each sample."""
+    w, x, y = problem
+    counts = np.array([10, 2, 5, 1])
+    links = pj.chain(pj.focal(form="sigmoid", gamma=0.5), pj.class_weighting(kind="effective", beta=0.99))
+    out, _ = run(w, x, y, links, settings=dict(class_counts=counts))
+    raw = (1 - 0.99) / (1 - 0.99**counts)
+    np.testing.assert_allclose(out.losses, (raw * C / raw.sum())[y] * sigmoid_focal(x @ w, y, 0.5), rtol=1e-10)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_the_sigmoid_form_is_finite_up_to_certainty(gamma):
+    u, y = jnp.array([[1e4, -1e4], [-1e4, 1e4], [0.0, 0.0]]), jnp.array([[1.0, 0.0]] * 3)
+    value, slope = jax.value_and_grad(lambda u: pj.sigmoid_focal_losses(u, y, gamma=gamma).sum())(u)
+    assert np.isfinite(value) and np.isfinite(slope).all()
+    assert float(pj.sigmoid_focal_losses(u, y, gamma=gamma)[0]) == 0
+
+
 def test_unknown_granularity_is_an_error():
     with pytest.raises(ValueError, match="focal needs granularity to be one of its names, got 'corpus'"):
         pj.focal(granularity="corpus")
+    with pytest.raises(ValueError, match="focal needs form to be one of its names, got 'binary'"):
+        pj.focal(form="binary")
+    with pytest.raises(ValueError, match="focal needs granularity='sample' for form='sigmoid', got 'category'"):
+        pj.focal(form="sigmoid", granularity="category")
 
 
 def test_negative_gamma_is_an_error():

@@ -1,5 +1,7 @@
 """perturbjax.parameter.swad: the window against the algorithm as printed, the mean over its weights against all weights kept."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,84 @@ def test_the_average_is_over_all_steps_of_the_window_whatever_was_forgotten(loss
     assert kept.ended or len(weights) == len(losses)
     inside = weights[last if first is None else first : last + 1]
     np.testing.assert_allclose(kept.average()["w"], np.concatenate(inside).mean(0), rtol=1e-10, atol=1e-12)
+
+
+def queues(losses, converge, patience, tolerance):
+    """The authors' code, whose queues hold intervals k as the weights e_k: (the average, whether the valley is dead)."""
+    recent, smooth = collections.deque(maxlen=converge), collections.deque(maxlen=patience)
+    weights, start, threshold, dead = np.eye(len(losses)), None, None, False
+    average, number = None, 0
+
+    def update(k):
+        nonlocal average, number
+        average = weights[k] if number == 0 else average + (weights[k] - average) / (number + 1)
+        number += 1
+
+    lowest = lambda: min(losses[k] for k in smooth)
+    for k in range(len(losses)):
+        recent.append(k)
+        smooth.append(k)
+        if start is None:
+            if len(recent) == converge and np.argmin([losses[i] for i in recent]) == 0:
+                start, average = recent[0], weights[recent[0]]
+                threshold = (1 + tolerance) * np.mean([losses[i] for i in recent])
+                if patience < converge:
+                    for i in range(converge - patience):
+                        update(recent[1 + i])
+                elif patience > converge:
+                    early, begin = list(smooth)[: patience - converge + 1], 0
+                    for i in reversed(range(len(early))):
+                        if losses[early[i]] > threshold:
+                            begin = i + 1
+                            break
+                    for i in early[begin + 1 :]:
+                        update(i)
+        elif smooth[0] >= start:
+            dead = lowest() > threshold
+            if dead:
+                break
+            update(smooth[0])
+    if start is None:
+        return weights[recent[-1]], False
+    if not dead:
+        smooth.popleft()
+        while smooth and lowest() <= threshold:
+            update(smooth.popleft())
+    return average, dead
+
+
+@given(courses, st.integers(1, 4), st.integers(1, 7), st.sampled_from([0.0, 0.25, 0.5]))
+def test_the_counts_are_those_of_the_authors_queues(losses, converge, patience, tolerance):
+    counts, ended = pj.swad_counts(losses, converge=converge, patience=patience, tolerance=tolerance)
+    average, dead = queues(losses, converge, patience, tolerance)
+    assert ended == dead
+    np.testing.assert_allclose(np.array(counts) / sum(counts), average, atol=1e-12)
+
+
+@given(courses, st.integers(1, 4), st.integers(1, 7), st.sampled_from([0.0, 0.25, 0.5]))
+def test_by_the_code_the_average_is_that_of_the_counts_whatever_was_forgotten(losses, converge, patience, tolerance):
+    kept = pj.SWADAverage(converge=converge, patience=patience, tolerance=tolerance, rule="code")
+    seen = []
+    for k, loss in enumerate(losses):
+        seen.append(loss)
+        if kept.add(loss, {"w": np.eye(len(losses))[k]}, 1 + k % 3):
+            break
+        assert len(kept._pending) <= max(converge, patience) + 1
+    average, dead = queues(losses, converge, patience, tolerance)
+    assert kept.ended == dead
+    np.testing.assert_allclose(kept.average()["w"], average, atol=1e-12)
+    counted = np.flatnonzero(average)
+    assert kept.window[1] == counted[-1] and kept.window[0] in (None, counted[0])
+
+
+def test_by_the_code_the_window_begins_before_the_minimum_and_is_flushed_at_the_end():
+    falling, flat = [1.5, 1.4, 1.3, 1.2, 1.0], [1.05, 1.1, 1.05, 1.1, 1.05]
+    counts, _ = pj.swad_counts(falling + flat)  # converged at 4; θ = 1.365
+    assert counts == [0, 0, 0, 1, 2, 1, 1, 1, 1, 1]  # 3 − 1 above θ: 2 is left out; 4 again at the evaluation 9, then the queue
+    counts, _ = pj.swad_counts(
+        [1.34, 1.33, 1.32, 1.2, 1.0, 1.05, 1.1]
+    )  # N_e − N_s = 3 intervals up to the minimum, then the queue
+    assert counts == [0, 0, 2, 2, 2, 1, 1]
 
 
 def test_the_defaults_are_the_papers():
@@ -110,3 +190,5 @@ def test_errors_say_what_was_given():
         pj.swad_window([])
     with pytest.raises(ValueError, match="swad_window needs patience >= 1, got 0"):
         pj.swad_window([1.0], patience=0)
+    with pytest.raises(ValueError, match="SWADAverage needs rule to be one of its names, got 'codes'. Did you mean 'code'"):
+        pj.SWADAverage(rule="codes")
