@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         history, results = shared.finished_run(folder), shared.read_results(results_file)
         if history is not None and results is not None and shared.attacked_before(results, attacks):
             print_table(results, console)
-            console.print(f"Finished before, in {folder.path}.", soft_wrap=True, highlight=False)
+            console.print(shared.finished_before(results, results_file), soft_wrap=True, highlight=False)
             return
         if history is None:
             history = train(

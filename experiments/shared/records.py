@@ -216,3 +216,14 @@ def read_results(file: pathlib.Path) -> dict | None:
         return load_results(file)
     except (OSError, ValueError):
         return None
+
+
+def finished_before(results: dict, file: pathlib.Path) -> str:
+    """What to say of results that were there already: where they lie, and how to get what the version that wrote them did not have."""
+    said = f"Finished before, in {file.parent}."
+    if all("balanced_accuracy" in entry for entry in results["methods"].values()):
+        return said
+    return (
+        f"{said} An earlier version wrote the results: for balanced accuracy, macro F1, precision and confusion matrices delete {file} and "
+        "give the same command again; nothing is trained anew."
+    )

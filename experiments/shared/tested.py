@@ -37,7 +37,7 @@ def notes_on_test_sets(datasets: Sequence[Dataset]) -> list[str]:
         low, high = int(np.argmin(np.where(found > 0, found, found.max()))), int(np.argmax(found))
         notes.append(
             f"the test set is not balanced, from {found[high]} samples of class {names[high]!r} down to {found[low]} of {names[low]!r}, so "
-            "accuracy is mostly that of the frequent classes. Results are ordered by balanced accuracy, the mean over the classes."
+            "accuracy is mostly that of the frequent classes. Balanced accuracy, the mean over the classes, counts each class the same."
         )
     return notes
 

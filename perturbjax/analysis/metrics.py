@@ -258,16 +258,16 @@ def evaluate(logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLike, *, p
         "top5": number(top_k_accuracy(u, y, k=5)) if u.shape[1] > 10 else None,
         "ece": number(expected_calibration_error(u, y, probabilities=probabilities)),
         **{name: number(value) for name, value in group_accuracy(u, y, groups_by_frequency(class_counts)).items()},
-        "per_class": [number(x) for x in counts.recall],
         **class_scores(counts),
         "confusion": confusions(found, y),
     }
 
 
 def class_scores(counts: ClassCounts) -> dict[str, list]:
-    """{"precision", "f1", "support"}: plain Python numbers, one for each class; None where they are undefined."""
+    """{"per_class", "precision", "f1", "support"}: plain Python numbers, one for each class; None where they are undefined."""
     plain = lambda values: [None if np.isnan(x) else float(x) for x in values]
-    return {"precision": plain(counts.precision), "f1": plain(counts.f1), "support": counts.support.tolist()}
+    scores = {"per_class": plain(counts.recall), "precision": plain(counts.precision), "f1": plain(counts.f1)}
+    return scores | {"support": counts.support.tolist()}
 
 
 def confusions(predictions: ArrayLike, labels: ArrayLike) -> dict[str, list[int]]:
