@@ -49,11 +49,12 @@ def main(argv: list[str]) -> None:
     with shared.prepare_out(settings.out, "compare", settings.view, shared.identity(settings, datasets[0])) as folder:
         console = Console(quiet=jax.process_index() > 0)
         shared.print_notes(datasets[0], console, settings)
+        shared.print_test_notes(datasets, console)
         shared.print_classifiers(settings, methods, console)
         results_file, report = folder.path / "results.json", folder.path / "report.html"
         started = time.perf_counter()
         results, diverged = finished(settings, results_file, list(methods), list(seeds)), []
-        wrote = f"Finished before, in {folder.path}."
+        wrote = "" if results is None else shared.finished_before(results, results_file)
         if results is None or not shared.attacked_before(results, attacks):
             histories, diverged = many.train_all(settings, datasets, methods, folder.path, console)
             results = results or many.summarise(settings, datasets, methods, histories, results_file)

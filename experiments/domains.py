@@ -7,9 +7,10 @@
 
 Every domain is split 80/20 by class, the split drawn with the seed. Training takes --batch-size samples of the 80 % of each training
 domain in every step; the 20 % of the training domains choose the step (best mean accuracy over them: training-domain validation), and
-the accuracy there on the 80 % of the left-out domain is reported, which nothing was chosen by. SWAD's weights are averaged over the
-window that the validation losses give instead. Unlike DomainBed's, the 20 % are not augmented, nets start from random weights (unless
---weights gives others), and there is one setting per method, no random search: numbers compare methods here, not with published ones.
+the accuracy there on the 80 % of the left-out domain is reported (and balanced accuracy and macro F1), which nothing was chosen by.
+SWAD's weights are averaged over the window that the validation losses give instead. Unlike DomainBed's, the 20 % are not augmented, nets
+start from random weights (unless --weights gives others), and there is one setting per method, no random search: numbers compare methods
+here, not with published ones.
 
 Writes domains.json and table.md to --out and prints the table. A run that is finished is not trained again: the same command, also with
 more methods, seeds or left-out domains, trains what is missing.
@@ -32,7 +33,7 @@ from experiments.leaveout.plan import (
     parse_methods,
     run_identity,
 )
-from experiments.leaveout.table import markdown, print_results, results_of
+from experiments.leaveout.table import markdown, print_results, results_of, uneven_domains
 from experiments.leaveout.training import run_all
 from perturbjax.data.domains import domain_batches, missing_classes, split_domains
 from perturbjax.training.checkpoint import dump_json
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
         console = Console()
         shared.print_notes(dataset, console, settings, steps=settings.steps)
         shared.print_classifiers(settings, methods, console)
-        for note in [*missing_classes(dataset), *notes]:
+        for note in [*missing_classes(dataset), *uneven_domains(dataset, held), *notes]:
             console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
         jobs = [
             Job(typed, *what, domain, seed)

@@ -26,6 +26,7 @@ from experiments.gradients import Gradients, draw_gradients
 from perturbjax import spec
 from perturbjax.analysis.figures import line_plot, loss_ratios, norm_plot, self_paced_weights, sensitivity_plot
 from perturbjax.analysis.plots import curve_plot
+from perturbjax.analysis.ranking import headline
 from perturbjax.loss.teacher import load_teacher
 from perturbjax.training.step import pixels
 
@@ -129,11 +130,12 @@ def draw_norms(settings: Norms) -> str:
 
 def draw_sensitivity(settings: Sensitivity) -> str:
     """Reads results.json; methods that have the setting as a number make the curves, the first one that hasn't is the level line."""
-    methods = json.loads(pathlib.Path(settings.results).read_text())["methods"]
+    results = json.loads(pathlib.Path(settings.results).read_text())
+    methods, key = results["methods"], headline(results)
     curves: dict[str, list[tuple[float, float, float]]] = {}
     reference = None
     for typed, entry in methods.items():
-        accuracy = entry["accuracy"]
+        accuracy = entry[key]
         found = without(typed, settings.setting)
         if found is not None:
             curves.setdefault(found[0], []).append((found[1], accuracy["mean"], accuracy["std"] or 0.0))
@@ -144,7 +146,7 @@ def draw_sensitivity(settings: Sensitivity) -> str:
             f"figures sensitivity needs methods with the setting {settings.setting!r} as a number, got {', '.join(methods)}. "
             f'Compare e.g. --methods "ce, logpert({settings.setting}=0.1), logpert({settings.setting}=0.2)".'
         )
-    return sensitivity_plot(curves, settings.setting, reference)
+    return sensitivity_plot(curves, settings.setting, reference, key.replace("_", " "))
 
 
 def draw_epochs(settings: Epochs) -> str:

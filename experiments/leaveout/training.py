@@ -17,6 +17,7 @@ from experiments import shared
 from experiments.leaveout.plan import DomainsSettings, Job, StepsRecipe, evaluate_every, recipe_of, sample
 from experiments.shared.records import read_json
 from perturbjax import objective
+from perturbjax.analysis.metrics import ClassCounts, class_scores, confusions, predictions
 from perturbjax.data import Dataset
 from perturbjax.data.domains import DomainSplit, domain_batches, split_domains
 from perturbjax.frozen import covered, join_params, split_params
@@ -166,11 +167,11 @@ def train(
             params, stats = jax.tree.map(jnp.copy, (state.params, state.stats))  # the step gives the state's own buffers away
             best = Chosen(params, stats, found.accuracy, ends)
     chosen = best or averaged(settings, dataset, job, recipe, data, state, window, curve["step"])
-    test = lambda params, stats: accuracy(recipe, params, stats, dataset, split.test)
+    test = lambda params, stats: scores_on(recipe, params, stats, dataset, split.test)
     warm = took[1:] or took  # the first call may compile
     record = {
         "method": job.typed, "domain": dataset.domain_names[job.domain], "seed": job.seed,
-        "accuracy": test(chosen.params, chosen.stats), "last_accuracy": test(state.params, state.stats),
+        **test(chosen.params, chosen.stats), "last_accuracy": test(state.params, state.stats)["accuracy"],
         "seconds": sum(seconds for _, seconds in took),
         "seconds_per_step": sum(seconds for _, seconds in warm) / sum(steps for steps, _ in warm),
         "curve": curve | {"metrics": of_methods},  # means over the steps since the evaluation before
@@ -219,9 +220,18 @@ def logits_of(recipe: Recipe, params: Any, stats: Any, dataset: Dataset, rows: n
     return predict(recipe.model, params, stats, images, batch_size=batch).astype(np.float64)
 
 
-def accuracy(recipe: Recipe, params: Any, stats: Any, dataset: Dataset, rows: np.ndarray) -> float:
-    """Top-1 accuracy on the samples at these positions."""
-    return float(np.mean(logits_of(recipe, params, stats, dataset, rows).argmax(1) == dataset.train_labels[rows]))
+def scores_on(recipe: Recipe, params: Any, stats: Any, dataset: Dataset, rows: np.ndarray) -> dict:
+    """What is right on the samples at these positions: accuracy, balanced accuracy, macro F1, the numbers of each class ("per_class" is
+    accuracy, or recall) and the confusion matrix. Means over classes are over those that are there."""
+    classes, labels = predictions(logits_of(recipe, params, stats, dataset, rows)), dataset.train_labels[rows]
+    counts = ClassCounts.of(classes, labels, dataset.num_classes)
+    return {
+        "accuracy": float(np.mean(classes == labels)),
+        "balanced_accuracy": counts.balanced_accuracy,
+        "macro_f1": counts.macro_f1,
+        **class_scores(counts),
+        "confusion": confusions(classes, labels),
+    }
 
 
 def evaluate(recipe: Recipe, state: TrainState, dataset: Dataset, split: DomainSplit) -> Evaluation:

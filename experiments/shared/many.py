@@ -199,8 +199,9 @@ def summarise(settings: ManySettings, datasets: list[Dataset], methods: dict, hi
     reference = next(iter(methods))
     for typed, entry in results["methods"].items():
         if typed != reference:
-            first = results["methods"][reference]["accuracy"]["values"]
-            entry["difference"] = paired_difference(entry["accuracy"]["values"], first)
+            first = results["methods"][reference]
+            for difference, key in (("difference", "accuracy"), ("balanced_difference", "balanced_accuracy")):
+                entry[difference] = paired_difference(entry[key]["values"], first[key]["values"])
     if not settings.cost_rounds:
         return results
     if jax.process_index() == 0:

@@ -16,8 +16,19 @@ import numpy as np
 from rich.console import Console
 
 from experiments.shared.folders import images_hash
-from perturbjax.analysis import evaluate, load_results, mean_by_class, relative_loss_variation, summary
+from experiments.shared.tested import notes_on_test_sets
+from perturbjax.analysis import (
+    Groups,
+    evaluate,
+    groups_by_frequency,
+    is_balanced,
+    load_results,
+    mean_by_class,
+    relative_loss_variation,
+    summary,
+)
 from perturbjax.analysis.attack import PGD, AttackData, Universal, parse_attacks
+from perturbjax.analysis.metrics import add_confusions
 from perturbjax.data import Dataset
 from perturbjax.loss.teacher import load_teacher
 from perturbjax.training import History
@@ -28,35 +39,67 @@ def record(histories: Sequence[History], datasets: Sequence[Dataset]) -> dict:
     """The results of one method over its seeds, in results.json's form; cost_ratio and difference are left open."""
     runs = [evaluate(h.logits, d.test_labels, d.class_counts) for h, d in zip(histories, datasets, strict=True)]
     over = lambda key: None if runs[0][key] is None else summary([run[key] for run in runs])
+    by_class = lambda key: mean_by_class([run[key] for run in runs])
     variations = [
         relative_loss_variation(*h.losses, d.num_classes)
         for h, d in zip(histories, datasets, strict=True)
         if h.losses is not None
     ]
     tested = sorted(set.intersection(*(set(h.tested) for h in histories)))  # runs may have been told apart when to test
+    curves = {name: [curve(h, name, tested) for h in histories] for name in ("accuracy", "balanced_accuracy", "macro_f1")}
+    known = {name: rows for name, rows in curves.items() if all(None not in row for row in rows)}
     return {
         "accuracy": over("accuracy"),
+        "balanced_accuracy": over("balanced_accuracy"),
+        "macro_f1": over("macro_f1"),
         "best_epoch_accuracy": summary([max(h.accuracy) for h in histories]),
+        "best_epoch_balanced_accuracy": (
+            summary([max(h.balanced_accuracy) for h in histories]) if all(complete(h) for h in histories) else None
+        ),
         "top5": over("top5"),
         "ece": over("ece"),
-        "head": over("head"),
-        "medium": over("medium"),
-        "tail": over("tail"),
+        **{name: over_seeds_with(name, runs, datasets) for name in Groups._fields},
         "memorised": None if histories[0].memorised is None else summary([h.memorised for h in histories]),
-        "per_class": mean_by_class([run["per_class"] for run in runs]),
+        "per_class": by_class("per_class"),
+        "precision": by_class("precision"),
+        "f1": by_class("f1"),
+        # Over all seeds, whose test sets may be the same.
+        "support": np.sum([run["support"] for run in runs], axis=0).tolist(),
+        "confusion": add_confusions([run["confusion"] for run in runs]),
         "cost_ratio": None,
         "gradient_evaluations": float(np.mean([h.gradient_evaluations for h in histories])),
         "inner_evaluations": float(np.mean([h.inner_evaluations for h in histories])),
         "seconds": float(np.sum([h.seconds for h in histories])),
         "examples_per_second": float(np.mean([h.examples_per_second for h in histories])),
-        "learning_curve": {
-            "epoch": tested,
-            "accuracy": [[dict(zip(h.tested, h.accuracy, strict=True))[epoch] for epoch in tested] for h in histories],
-        },
+        "learning_curve": {"epoch": tested, **known},
         "relative_loss_variation": mean_by_class(variations) if variations else None,
         "difference": None,
+        "balanced_difference": None,
         "metrics": histories[-1].metrics,
     }
+
+
+def complete(history: History) -> bool:
+    """Whether its balanced accuracy is known after every epoch that was tested: a version without it may have begun the run."""
+    return len(history.balanced_accuracy) == len(history.tested) and None not in history.balanced_accuracy
+
+
+def curve(history: History, name: str, epochs: Sequence[int]) -> list[float | None]:
+    """One of the history's curves at these epochs; None where it is not known."""
+    return [dict(zip(history.tested, getattr(history, name), strict=False)).get(epoch) for epoch in epochs]
+
+
+def over_seeds_with(group: str, runs: Sequence[dict], datasets: Sequence[Dataset]) -> dict | None:
+    """Mean and spread of a group's accuracy over the seeds whose test set has samples of the group; None if it has no classes.
+
+    `tested.notes` says which group has no samples.
+    """
+    groups = [groups_by_frequency(d.class_counts) for d in datasets]
+    if all(found is None or not getattr(found, group).size for found in groups):
+        return None
+    values = [run[group] for run in runs]
+    known = [value for value in values if value is not None]
+    return summary(known or values) | {"values": values}
 
 
 def attacks_of(settings: Any, dataset: Dataset) -> dict[str, PGD | Universal]:
@@ -124,6 +167,7 @@ def results_of(
 ) -> dict:
     """The whole of results.json. histories: those of each method, one for each seed."""
     first = datasets[0]
+    counts = [np.bincount(d.test_labels, minlength=d.num_classes) for d in datasets]
     return {
         "command": command_line(),
         "versions": versions(),
@@ -132,10 +176,12 @@ def results_of(
             "train_size": len(first.train_labels),
             "test_size": len(first.test_labels),
             "class_counts": [int(n) for n in first.class_counts],
+            "test_counts": [int(n) for n in counts[0]],
+            "test_balanced": all(map(is_balanced, counts)),
             "class_names": list(first.class_names),
             "subset_hash": [d.subset_hash for d in datasets],
             "views": list(first.views),
-            "notes": list(first.notes),
+            "notes": [*first.notes, *notes_on_test_sets(datasets)],
             "image_shape": list(first.image_shape),
         },
         "settings": dataclasses.asdict(settings) | {"seeds": list(seeds)},
@@ -170,3 +216,14 @@ def read_results(file: pathlib.Path) -> dict | None:
         return load_results(file)
     except (OSError, ValueError):
         return None
+
+
+def finished_before(results: dict, file: pathlib.Path) -> str:
+    """What to say of results that were there already: where they lie, and how to get what the version that wrote them did not have."""
+    said = f"Finished before, in {file.parent}."
+    if all("balanced_accuracy" in entry for entry in results["methods"].values()):
+        return said
+    return (
+        f"{said} An earlier version wrote the results: for balanced accuracy, macro F1, precision and confusion matrices delete {file} and "
+        "give the same command again; nothing is trained anew."
+    )

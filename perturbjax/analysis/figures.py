@@ -49,11 +49,12 @@ def sensitivity_plot(
     curves: Mapping[str, Sequence[tuple[float, float, float]]],
     setting: str,
     reference: tuple[str, float] | None = None,
+    measure: str = "accuracy",
     width: float = 5.2,
 ) -> str:
     """Test accuracy against a setting: {method: [(value, mean, std)]}, with a level line for a reference (name, accuracy).
 
-    Accuracies are fractions. Source: Figures 9 and 10 of the taxonomy paper.
+    Accuracies are fractions, of the kind that `measure` names ("balanced accuracy"). Source: Figures 9 and 10 of the taxonomy paper.
     """
     fig, (ax,) = blank_figure(width, 2.9)
     for i, (name, points) in enumerate(curves.items(), start=1):
@@ -64,8 +65,8 @@ def sensitivity_plot(
         ax.axhline(100 * reference[1], color=style(0).color, lw=1, ls=(0, (4, 2)), label=reference[0])
     ax.grid(axis="y", color="#e9e9e9", lw=0.7)
     ax.legend(frameon=False)
-    edge_labels(fig, setting, "test accuracy (%)")
-    return svg_text(fig, f"sensitivity-{setting}-{width:g}", f"Accuracy against {setting}")
+    edge_labels(fig, setting, f"test {measure} (%)")
+    return svg_text(fig, f"sensitivity-{setting}-{width:g}", f"{measure.capitalize()} against {setting}")
 
 
 @mpl.rc_context(LOOK)

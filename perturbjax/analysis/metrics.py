@@ -1,18 +1,24 @@
 r"""What a trained classifier gets right, from its test logits; the relative loss variation of a perturbation.
 
-    accuracy = mean_i [argmax u_i = y_i],   ECE = Σ_b |B_b| / N · |accuracy(B_b) − confidence(B_b)|, 15 equal bins
+    accuracy = mean_i [argmax u_i = y_i],   balanced accuracy = mean_c R_c,   macro F1 = mean_c 2 P_c R_c / (P_c + R_c)
+    P_c, R_c: precision and recall of class c;   ECE = Σ_b |B_b| / N · |accuracy(B_b) − confidence(B_b)|, 15 equal bins
     variation of class c = (l̄′_c − l̄_c) / l̄_c,    l̄_c and l̄′_c: mean loss of class c without and with the perturbation
 
 All numpy on the host, computed in float64; accuracies and errors are fractions in 0..1 (percent is for tables).
-A sample with a nan among its logits (a run that diverged) counts as wrong; its calibration is nan.
+A sample with a nan among its logits (a run that diverged) counts as wrong and as no class's prediction; its calibration is nan.
+Means over classes are over the classes with test samples: what the others' accuracy would be, nobody knows.
 Sources: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017 (ECE); Li, Su, Wu, Zhang,
 "Logit Perturbation", AAAI 2022, Figure 1 (variation).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+BALANCED = 1.5
+"""How many times the samples of the smallest class the largest one of a balanced test set may have."""
 
 
 class Groups(NamedTuple):
@@ -23,6 +29,46 @@ class Groups(NamedTuple):
     tail: np.ndarray  # the 30 % rarest
 
 
+class ClassCounts(NamedTuple):
+    """What accuracy, precision, recall and F1 of the classes follow from, [C] integers each."""
+
+    hits: np.ndarray  # samples of the class that are predicted as it
+    predicted: np.ndarray  # samples of any class that are predicted as it
+    support: np.ndarray  # samples of the class
+
+    @classmethod
+    def of(cls, predictions: ArrayLike, labels: ArrayLike, num_classes: int) -> "ClassCounts":
+        """Of predicted classes [N] (-1: none) and labels [N]; the work is N + C, not C² as of a confusion matrix."""
+        found, y = np.asarray(predictions), np.asarray(labels)
+        count = lambda classes: np.bincount(classes, minlength=num_classes)
+        return cls(count(y[found == y]), count(found[found >= 0]), count(y))
+
+    @property
+    def recall(self) -> np.ndarray:
+        """[C], the accuracy on each class's samples; nan without any."""
+        return _share(self.hits, self.support)
+
+    @property
+    def precision(self) -> np.ndarray:
+        """[C], how much of what is predicted as a class is of it; nan where nothing is."""
+        return _share(self.hits, self.predicted)
+
+    @property
+    def f1(self) -> np.ndarray:
+        """[C], 2 P R / (P + R) as 2 hits / (predicted + support), which is 0 without hits; nan for a class without samples."""
+        return np.where(self.support > 0, _share(2 * self.hits, self.predicted + self.support), np.nan)
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean of `recall`."""
+        return _mean(self.recall)
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean of `f1`."""
+        return _mean(self.f1)
+
+
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
     """Share of samples whose largest logit is the label's; equal logits: the first wins.
 
@@ -30,6 +76,55 @@ def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
     """
     u, y = _checked("accuracy", logits, labels)
     return float(_hits(u, y, 1).mean())
+
+
+def balanced_accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Mean of the classes' accuracies: each class counts the same, however many test samples it has.
+
+    scikit-learn's `balanced_accuracy_score`; equal to `accuracy` where all classes have as many samples.
+
+    >>> always_first = [[1.0, 0.0]] * 10
+    >>> accuracy(always_first, [0] * 9 + [1]), balanced_accuracy(always_first, [0] * 9 + [1])
+    (0.9, 0.5)
+    """
+    return _counts("balanced_accuracy", logits, labels).balanced_accuracy
+
+
+def macro_f1(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Mean of the classes' F1, the harmonic mean of precision and recall (0 for a class that is never hit).
+
+    scikit-learn's `f1_score(average="macro")`, over the classes with test samples (`labels=np.unique(labels)` there): otherwise a single
+    wrong prediction of a class without any would change how many classes the mean is over.
+    """
+    return _counts("macro_f1", logits, labels).macro_f1
+
+
+def confusion_matrix(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """[C, C] integers: how many samples of class i (row) are predicted as class j (column); scikit-learn's `confusion_matrix`."""
+    u, y = _checked("confusion_matrix", logits, labels)
+    matrix = np.zeros([u.shape[1]] * 2, np.int64)
+    found = predictions(u)
+    np.add.at(matrix, (y[found >= 0], found[found >= 0]), 1)
+    return matrix
+
+
+def predictions(logits: ArrayLike) -> np.ndarray:
+    """[N], the class of the largest logit, of equal ones the first; -1 for a sample with a nan among its logits."""
+    u = np.asarray(logits)
+    return np.where(np.isnan(u).any(axis=1), -1, u.argmax(axis=1))
+
+
+def is_balanced(class_counts: ArrayLike) -> bool:
+    """Whether no class has more than one and a half times the samples of another; classes without any are left out.
+
+    Accuracy then differs from balanced accuracy by 10 points at most, far less as a rule.
+
+    >>> is_balanced([36, 35, 37]), is_balanced([50, 10])
+    (True, False)
+    """
+    counts = np.asarray(class_counts)
+    counts = counts[counts > 0]
+    return bool(counts.size == 0 or counts.max() <= BALANCED * counts.min())
 
 
 def top_k_accuracy(logits: ArrayLike, labels: ArrayLike, *, k: int = 5) -> float:
@@ -42,8 +137,7 @@ def top_k_accuracy(logits: ArrayLike, labels: ArrayLike, *, k: int = 5) -> float
 
 def per_class_accuracy(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """[C], the accuracy on the test samples of each class (its recall); nan for a class without any."""
-    u, y = _checked("per_class_accuracy", logits, labels)
-    return _class_means(_hits(u, y, 1), y, u.shape[1])
+    return _counts("per_class_accuracy", logits, labels).recall
 
 
 def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, *, bins: int = 15, probabilities: bool = False) -> float:
@@ -144,7 +238,9 @@ def evaluate(logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLike, *, p
       logits: [N, C], or probabilities with `probabilities=True`. labels: [N] integers in 0..C-1.
       class_counts: [C], samples of each class in the *training* data.
     Returns:
-      {"accuracy", "top5" (None up to 10 classes), "ece", "head", "medium", "tail" (None if balanced), "per_class"}.
+      {"accuracy", "balanced_accuracy", "macro_f1", "top5" (None up to 10 classes), "ece", "head", "medium", "tail" (None if balanced)},
+      of each class "per_class" (accuracy, which is recall), "precision", "f1" and "support" (test samples), and "confusion", of the
+      confusion matrix what is not zero: {"true", "predicted", "count"}, lists of one length.
     """
     u, y = _checked("evaluate", logits, labels)
     if np.shape(class_counts) != u.shape[1:]:
@@ -153,13 +249,56 @@ def evaluate(logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLike, *, p
             f"Write evaluate(logits, labels, np.bincount(train_labels, minlength={u.shape[1]}))."
         )
     number = lambda x: None if x is None or np.isnan(x) else float(x)
+    found = predictions(u)
+    counts = ClassCounts.of(found, y, u.shape[1])
     return {
         "accuracy": number(accuracy(u, y)),
+        "balanced_accuracy": number(counts.balanced_accuracy),
+        "macro_f1": number(counts.macro_f1),
         "top5": number(top_k_accuracy(u, y, k=5)) if u.shape[1] > 10 else None,
         "ece": number(expected_calibration_error(u, y, probabilities=probabilities)),
         **{name: number(value) for name, value in group_accuracy(u, y, groups_by_frequency(class_counts)).items()},
-        "per_class": [number(x) for x in per_class_accuracy(u, y)],
+        **class_scores(counts),
+        "confusion": confusions(found, y),
     }
+
+
+def class_scores(counts: ClassCounts) -> dict[str, list]:
+    """{"per_class", "precision", "f1", "support"}: plain Python numbers, one for each class; None where they are undefined."""
+    plain = lambda values: [None if np.isnan(x) else float(x) for x in values]
+    scores = {"per_class": plain(counts.recall), "precision": plain(counts.precision), "f1": plain(counts.f1)}
+    return scores | {"support": counts.support.tolist()}
+
+
+def confusions(predictions: ArrayLike, labels: ArrayLike) -> dict[str, list[int]]:
+    """{"true", "predicted", "count"}: the entries of the confusion matrix that are not zero, by row; never more than samples.
+
+    `scipy.sparse.coo_array((count, (true, predicted)), shape=(C, C))` is the matrix.
+
+    >>> confusions([0, 0, 2], [0, 0, 1])
+    {'true': [0, 1], 'predicted': [0, 2], 'count': [2, 1]}
+    """
+    found, y = np.asarray(predictions), np.asarray(labels)
+    return _summed(y[found >= 0], found[found >= 0], 1)
+
+
+def add_confusions(parts: Sequence[dict[str, list[int]]]) -> dict[str, list[int]]:
+    """The sum of confusion matrices in the form of `confusions`, such as those of several seeds.
+
+    >>> add_confusions([confusions([0], [0]), confusions([0, 1], [0, 0])])
+    {'true': [0, 0], 'predicted': [0, 1], 'count': [2, 1]}
+    """
+    return _summed(
+        *(np.concatenate([np.array(part[key], np.int64) for part in parts]) for key in ("true", "predicted", "count"))
+    )
+
+
+def _summed(true, predicted, count):
+    """One entry for each pair (true, predicted) that occurs."""
+    (rows, columns), place = np.unique(np.stack([true, predicted]), axis=1, return_inverse=True)
+    total = np.zeros(rows.size, np.int64)
+    np.add.at(total, place.reshape(-1), count)
+    return {"true": rows.tolist(), "predicted": columns.tolist(), "count": total.tolist()}
 
 
 def _checked(function, logits, labels):
@@ -192,6 +331,15 @@ def _hits(u, y, k):
     true = np.take_along_axis(u, y[:, None], axis=1)
     before = (u > true) | ((u == true) & (np.arange(u.shape[1]) < y[:, None]))
     return (before.sum(axis=1) < k) & ~np.isnan(u).any(axis=1)
+
+
+def _counts(function, logits, labels):
+    u, y = _checked(function, logits, labels)
+    return ClassCounts.of(predictions(u), y, u.shape[1])
+
+
+def _share(part, whole):
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
 
 
 def _class_means(values, labels, num_classes):

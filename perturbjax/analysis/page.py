@@ -9,6 +9,8 @@ from html import escape
 import numpy as np
 
 from perturbjax.analysis import plots
+from perturbjax.analysis.confusion import CELLS, IN_NUMBERS, confusion_plot, most_confused
+from perturbjax.analysis.ranking import difference_of, headline, num_untested, ordered
 from perturbjax.analysis.report import ATTACK, attack_titles, num_seeds, text_cells
 
 
@@ -21,9 +23,11 @@ def page(results: dict) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>",
         f'<p class="lead">{_finding(results)}</p>',
+        "\n".join(f'<p class="note">Note: {escape(note)}</p>' for note in results["data"].get("notes") or ()),
         f"<h2>What was trained</h2>\n{_facts(results)}",
         f"<h2>The numbers</h2>\n{_table(results)}\n{_reading(results)}",
         *_figures(results),
+        _confusions(results),
         _every_class(results),
         "<footer>Made by perturbjax from results.json, which holds these numbers in full. "
         f"Versions: {escape(versions) or 'unknown'}.</footer>\n</main>\n</body>\n</html>\n",
@@ -36,20 +40,22 @@ def _finding(results):
     methods, seeds = results["methods"], num_seeds(results)
     first, cells = next(iter(methods)), text_cells(results)
     code = lambda names: ", ".join(f"<b>{escape(name)}</b>" for name in names)
-    scored = {name: m["accuracy"]["mean"] for name, m in methods.items() if m.get("accuracy")}
+    key = headline(results)
+    scored = {name: m[key]["mean"] for name, m in methods.items() if m.get(key)}
     scored = {name: mean for name, mean in scored.items() if mean is not None}
     if not scored:
         return "No method has a test accuracy: every run failed or diverged."
-    text = {name: cells["accuracy"][i] + " %" for i, name in enumerate(methods)}
+    text = {name: cells[key][i] + " %" for i, name in enumerate(methods)}
     best = max(scored, key=scored.get)
-    out = f"Highest test accuracy at the last epoch: {code([best])} with {text[best]}"
+    out = "Highest test accuracy" if key == "accuracy" else "Highest balanced accuracy (the test set is not balanced)"
+    out += f" at the last epoch: {code([best])} with {text[best]}"
     if best != first:
         out += f"; the reference {code([first])} has {text[first] if first in scored else 'none'}"
     elif len(methods) > 1:
         out += ", the reference itself"
     out += f" ({'mean ± standard deviation over ' + str(seeds) + ' seeds' if seeds > 1 else 'one seed'}). "
-    sure = {n: m["difference"] for n, m in methods.items() if n != first and m.get("difference")}
-    sure = {n: d for n, d in sure.items() if d["low"] is not None}
+    differences = {name: difference_of(results, name) for name in methods if name != first}
+    sure = {name: d for name, d in differences.items() if d and d["low"] is not None}
     if sure:
         better, worse = [n for n, d in sure.items() if d["low"] > 0], [n for n, d in sure.items() if d["high"] < 0]
         rest = [n for n in sure if n not in better + worse]
@@ -89,12 +95,25 @@ def _facts(results):
         + f" of {size}" * bool(size),
         "view": ", then ".join(data.get("views") or ()) or "the data as it is",
         "classes": classes,
+        "test samples": _test_counts(data, names),
         **{key.replace("_", " "): _text(value) for key, value in settings.items()},
         "training subset": _hashes(data.get("subset_hash"), settings.get("seeds")),
     }
     terms = "\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v)
     command = f"<p>The command that made this page:</p>\n<pre><code>{escape(results['command'])}</code></pre>"
     return f"<dl>\n{terms}\n</dl>\n{command}"
+
+
+def _test_counts(data, names):
+    """How many test samples the classes have; nothing where the results don't tell."""
+    counts = np.asarray(data.get("test_counts") or ())
+    if not counts.size:
+        return ""
+    low, high = int(np.argmin(counts)), int(np.argmax(counts))
+    if counts[low] == counts[high]:
+        return f"{counts[high]} of each class"
+    verdict = "balanced" if data.get("test_balanced") else "not balanced"
+    return f"{verdict}: from {counts[high]} ({names[high]}) down to {counts[low]} ({names[low]})"
 
 
 def _hashes(hashes, seeds):
@@ -109,8 +128,10 @@ def _hashes(hashes, seeds):
 
 COLUMNS = {
     "accuracy": ("accuracy", "%, last epoch"),
+    "balanced_accuracy": ("balanced", "accuracy, %"),
+    "macro_f1": ("macro F1", "%"),
     "difference": ("difference", "points [95 % CI]"),
-    "best_epoch_accuracy": ("best epoch", "%"),
+    "best_epoch": ("best epoch", "%"),
     "top5": ("top 5", "%"),
     "ece": ("ECE", "%"),
     "head": ("head", "%"),
@@ -128,6 +149,7 @@ def _titles(results):
     """COLUMNS, with those of the attacks before the costs."""
     attacks = {key: (escape(short), "%, attacked") for key, short in attack_titles(results).items()}
     first = {key: title for key, title in COLUMNS.items() if key not in COSTS}
+    first = {key: first[key] for key in (headline(results), *first)}  # comes before the others
     return first | attacks | {key: COLUMNS[key] for key in COSTS}
 
 
@@ -136,11 +158,12 @@ def _table(results):
     shown = [key for key in titles if key in cells]
     head = "".join('<th scope="col">{}<small>{}</small></th>'.format(*titles[key]) for key in shown)
     rows = []
-    for i, (name, m) in enumerate(methods.items()):
+    for name in ordered(results):
+        i, m = list(methods).index(name), methods[name]
         breakable = re.sub(r"([(=_])", r"\1<wbr>", escape(name))
         row = f'<th scope="row"><div>{plots.swatch(i)}<span>{breakable}</span></div></th>'
         for key in shown:
-            text, d = cells[key][i], m.get("difference")
+            text, d = cells[key][i], difference_of(results, name)
             if key == "difference" and i == 0:
                 text = "reference"
             elif key == "difference" and d and d["low"] is not None:
@@ -157,10 +180,17 @@ def _table(results):
 def _reading(results):
     """How to read the columns that the table has."""
     cells, seeds, first = text_cells(results), num_seeds(results), escape(next(iter(results["methods"])))
+    key, untested = headline(results), num_untested(results)
+    judged = key.replace("_", " ")
+    over = f" over the {len(results['data']['test_counts']) - untested} classes that have test samples" if untested else ""
     notes = {
         "accuracy": "Test samples classified correctly after the last epoch, fixed beforehand: the honest column. "
         + ("Mean ± sample standard deviation over the seeds." if seeds > 1 else "One seed, so there is no spread."),
-        "difference": f"Accuracy minus that of {first} under the same seed, in percentage points, mean over the seeds. "
+        "balanced_accuracy": f"Mean of the classes' accuracies{over}: each class counts the same, however many test samples it has. "
+        + ("It orders the table, since the test set is not balanced." if key != "accuracy" else ""),
+        "macro_f1": f"Mean of the classes' F1{over}: the harmonic mean of how many of a class's samples are found (recall) and how much of "
+        "what is predicted as the class is of it (precision).",
+        "difference": f"{judged.capitalize()} minus that of {first} under the same seed, in percentage points, mean over the seeds. "
         + (
             f"The bracket is the 95 % confidence interval (t) over the {seeds} paired seeds; if it leaves out "
             "zero, the difference is in bold. It covers the luck of the seed, not that of the test set, and is not "
@@ -168,7 +198,7 @@ def _reading(results):
             if seeds > 1
             else "With a single seed there is no interval."
         ),
-        "best_epoch_accuracy": "The highest test accuracy of any epoch that was tested. Papers often print it, but it chooses the "
+        "best_epoch": f"The highest {judged} on the test set of any epoch that was tested. Papers often print it, but it chooses the "
         "epoch by the test set and is therefore too high; the column to believe is the last epoch's.",
         "top5": "Share of test samples whose class is among the five highest outputs.",
         "ece": "Expected calibration error, 15 bins: how far confidence and accuracy lie apart. Lower is better.",
@@ -186,7 +216,7 @@ def _reading(results):
     }
     names = {"head": "head, medium, tail"}
     titles = _titles(results)
-    items = "".join(f"<dt>{names.get(k, titles[k][0])}</dt><dd>{v}</dd>\n" for k, v in notes.items() if k in cells)
+    items = "".join(f"<dt>{names.get(k, titles[k][0])}</dt><dd>{notes[k]}</dd>\n" for k in {key: 0} | notes if k in cells)
     return f'<dl class="notes">\n{items}</dl>'
 
 
@@ -195,7 +225,9 @@ def _figures(results):
     methods, counts, seeds = results["methods"], np.asarray(results["data"]["class_counts"]), num_seeds(results)
     first = escape(next(iter(methods)))
     having = lambda *keys: [name for name, m in methods.items() if all(m.get(key) for key in keys)]
-    scored = [name for name in having("accuracy") if methods[name]["accuracy"]["mean"] is not None]
+    key = headline(results)
+    scored = [name for name in having(key) if methods[name][key]["mean"] is not None]
+    judged, curves = key.replace("_", " "), plots.learning_curves(results)
     bins = plots.class_bins(counts)
     single, balanced = len(bins) == len(counts), bool(np.all(counts == counts[0]))
     points = (
@@ -210,13 +242,13 @@ def _figures(results):
     beside = f" Each panel shows one method beside {first} (black)."
     figures = [
         (
-            "Accuracy", plots.accuracy_plot, scored, 1, True,
+            judged.capitalize(), plots.accuracy_plot, scored, 1, True,
             "Marker: mean over the seeds; bar: one standard deviation to either side; small dots: the single seeds; "
             f"dashed line: {first}. Further right is better."
-            if seeds > 1 else f"The accuracy of the single seed; dashed line: {first}. Further right is better.",
+            if seeds > 1 else f"The {judged} of the single seed; dashed line: {first}. Further right is better.",
         ),
         (
-            "Accuracy against cost", plots.cost_plot, [n for n in having("cost_ratio") if n in scored], 2, True,
+            f"{judged.capitalize()} against cost", plots.cost_plot, [n for n in having("cost_ratio") if n in scored], 2, True,
             "Higher is better, further left is cheaper: a method is worth its cost if none further left is as high.",
         ),
         (
@@ -224,9 +256,9 @@ def _figures(results):
             f"{order}{points}{', mean over the seeds' if seeds > 1 else ''}{grey}.{lift}",
         ),
         (
-            "Learning curves", plots.curve_plot,
-            [name for name in having("learning_curve") if len(methods[name]["learning_curve"]["epoch"]) > 1], 1, False,
-            f"Test accuracy by epoch{', mean over the seeds, the band one standard deviation' if seeds > 1 else ''}. "
+            "Learning curves", plots.curve_plot, list(curves), 1, False,
+            f"Test {plots.curve_key(results).replace('_', ' ')} by epoch"
+            f"{', mean over the seeds, the band one standard deviation' if seeds > 1 else ''}. "
             "Look for curves that fall towards the end (overfitting) or still rise (too few epochs).",
         ),
         (
@@ -254,21 +286,66 @@ def _key(methods, names):
     return f'<ul class="key">{items}</ul>'
 
 
-def _every_class(results):
-    """The per-class accuracies as numbers, folded away, most frequent class first; results.json has more than 200."""
-    data, methods = results["data"], {n: m["per_class"] for n, m in results["methods"].items() if m.get("per_class")}
-    counts = np.asarray(data["class_counts"])
-    if not methods or len(counts) > 200:
+def _confusions(results):
+    """The confusion matrices as pictures, and the pairs that are confused most."""
+    methods, seeds = results["methods"], num_seeds(results)
+    names = [name for name in ordered(results) if methods[name].get("confusion")]
+    if not names:
         return ""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in methods)
-    percent = lambda x: "–" if x is None else f"{100 * x:.1f}"
+    classes = [str(name) for name in results["data"]["class_names"]]
+    caption = (
+        "Each row is a true class, each column a predicted one, frequent classes first; the colour is the share of the row"
+    )
+    caption += " (numbers in %)" * (len(classes) <= IN_NUMBERS)
+    caption += f". Each cell is a group of about {len(classes) / CELLS:.0f} neighbouring classes" * (len(classes) > CELLS)
+    caption += (
+        f". All {seeds} seeds together" * (seeds > 1) + ". The diagonal is right; a dark column takes other classes' samples."
+    )
+    caption += " Grey rows have no test sample." * (num_untested(results) > 0)
     rows = [
-        f'<th scope="row"><div>{escape(str(data["class_names"][c]))}</div></th><td>{counts[c]}</td>'
-        + "".join(f"<td>{percent(values[c])}</td>" for values in methods.values())
-        for c in np.argsort(-counts, kind="stable")
+        f'<th scope="row"><div>{escape(name)}</div></th><td>{escape(classes[pair.true])}</td><td>{escape(classes[pair.predicted])}</td>'
+        f"<td>{100 * pair.share:.1f}</td><td>{pair.count}</td>"
+        for name in names
+        for pair in most_confused(methods[name])
     ]
-    numbers = _scroll(f'<th scope="col">class</th><th scope="col">samples</th>{head}', rows)
-    return f"<details><summary>Every class in numbers (accuracy in %)</summary>\n{numbers}\n</details>"
+    heads = "".join(
+        f'<th scope="col">{title}</th>' for title in ("method", "true class", "predicted as", "% of the class", "samples")
+    )
+    pairs = _scroll(heads, rows)
+    return (
+        f"<h2>Confusion matrices</h2>\n<figure>\n<figcaption>{caption}</figcaption>\n"
+        f'<div class="wide">{confusion_plot(results, 8.4)}</div>\n<div class="narrow">{confusion_plot(results, 3.7)}</div>\n</figure>\n'
+        f"<details><summary>Most confused pairs of classes</summary>\n{pairs}\n</details>"
+    )
+
+
+BY_CLASS = {"per_class": "Accuracy (recall)", "precision": "Precision", "f1": "F1"}
+
+
+def _every_class(results):
+    """The numbers of each class, folded away, most frequent class first; results.json has more than 200."""
+    data, counts = results["data"], np.asarray(results["data"]["class_counts"])
+    if len(counts) > 200:
+        return ""
+    tested = data.get("test_counts")
+    percent = lambda x: "–" if x is None else f"{100 * x:.1f}"
+    parts = []
+    for key, title in BY_CLASS.items():
+        methods = {name: results["methods"][name][key] for name in ordered(results) if results["methods"][name].get(key)}
+        if not methods:
+            continue
+        samples = ["samples"] if tested is None else ["training samples", "test samples"]
+        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("class", *samples, *methods))
+        rows = [
+            f'<th scope="row"><div>{escape(str(data["class_names"][c]))}</div></th><td>{counts[c]}</td>'
+            + (f"<td>{tested[c]}</td>" if tested is not None else "")
+            + "".join(f"<td>{percent(values[c])}</td>" for values in methods.values())
+            for c in np.argsort(-counts, kind="stable")
+        ]
+        parts.append(f"<p>{title} in %</p>\n{_scroll(head, rows)}")
+    if not parts:
+        return ""
+    return "<details><summary>Every class in numbers</summary>\n" + "\n".join(parts) + "\n</details>"
 
 
 def _scroll(head, rows):
@@ -293,6 +370,7 @@ main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -.01em; margin: 0 0 1rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 2.75rem 0 .75rem; }
 p, figcaption, dl { max-width: 46rem; }
+.note { border-left: 3px solid #d0d0d6; padding-left: .75rem; overflow-wrap: anywhere; }
 .lead { font-size: 1.1rem; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.25rem; margin: 0 0 1rem; }
 dt { color: #5a5a60; }

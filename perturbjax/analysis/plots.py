@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from perturbjax.analysis.ranking import headline, ordered
+
 COLORS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS, DASHES = "osD^vPXphd<>", ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 OVERLAY = 4  # up to so many methods share one pair of axes; more get a panel each, with the reference in all of them
@@ -69,8 +71,9 @@ def shorten(text: str, width: int, lines: int = 1) -> str:
 
 @mpl.rc_context(LOOK)
 def accuracy_plot(results: dict, width: float) -> str:
-    """Mean accuracy of each method, its standard deviation, and the single seeds below."""
-    scored = {name: m["accuracy"] for name, m in results["methods"].items() if _has(m.get("accuracy"))}
+    """Mean accuracy (or balanced accuracy: `headline`) of each method, its standard deviation, and the single seeds below."""
+    key, methods = headline(results), results["methods"]
+    scored = {name: methods[name][key] for name in ordered(results) if _has(methods[name].get(key))}
     above = width < 5  # inches: on a phone the name stands above its row
     row = 0.52 if above else 0.4
     labels = [shorten(name, 30, 2) for name in scored]
@@ -89,7 +92,7 @@ def accuracy_plot(results: dict, width: float) -> str:
             ax.text(0, at - 0.38, shorten(name, int(width * 14)), transform=ax.get_yaxis_transform(), va="center", bbox=box)
     if names[0] in scored:
         ax.axvline(100 * scored[names[0]]["mean"], color=COLORS[0], lw=0.8, ls=(0, (4, 3)), zorder=0)
-    ax.set(ylim=(len(scored) - 0.45, -0.75 if above else -0.5), xlabel="test accuracy at the last epoch (%)")
+    ax.set(ylim=(len(scored) - 0.45, -0.75 if above else -0.5), xlabel=f"{_label(key)} at the last epoch (%)")
     ax.set_yticks([] if above else y, [] if above else labels)
     ax.tick_params(axis="y", length=0)
     ax.xaxis.set_major_locator(MaxNLocator(5 if above else 8, steps=[1, 2, 5, 10]))
@@ -101,15 +104,15 @@ def accuracy_plot(results: dict, width: float) -> str:
 
 @mpl.rc_context(LOOK)
 def cost_plot(results: dict, width: float) -> str:
-    """Accuracy against what a training step costs, relative to plain training."""
+    """Accuracy (or balanced accuracy) against what a training step costs, relative to plain training."""
     fig, (ax,) = blank_figure(width, 3.1)
-    costs = []
+    costs, key = [], headline(results)
     for i, m in enumerate(results["methods"].values()):
-        if _has(m.get("accuracy")) and m.get("cost_ratio"):
+        if _has(m.get(key)) and m.get("cost_ratio"):
             color, marker, _ = style(i)
             costs.append(m["cost_ratio"])
-            mean, std = 100 * m["accuracy"]["mean"], 100 * (m["accuracy"]["std"] or 0)
-            bar = std if len(m["accuracy"]["values"]) > 1 else None
+            mean, std = 100 * m[key]["mean"], 100 * (m[key]["std"] or 0)
+            bar = std if len(m[key]["values"]) > 1 else None
             ax.errorbar(m["cost_ratio"], mean, yerr=bar, color=color, lw=1, alpha=0.6, capsize=2)
             ax.plot(m["cost_ratio"], mean, marker, color=color, ms=7.5, mec="white", mew=0.7, zorder=5)
     low, high = min(costs), max(costs)
@@ -123,7 +126,7 @@ def cost_plot(results: dict, width: float) -> str:
         ax.set_xlim(low - pad, high + pad)
         ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
-    ax.set(xlabel="cost of training, as a multiple of plain training", ylabel="test accuracy (%)")
+    ax.set(xlabel="cost of training, as a multiple of plain training", ylabel=f"{_label(key)} (%)")
     ax.grid(color="#e9e9e9", lw=0.7)
     return svg_text(fig, f"cost-{width:g}", "Accuracy against cost")
 
@@ -179,14 +182,13 @@ def variation_plot(results: dict, width: float) -> str:
 
 @mpl.rc_context(LOOK)
 def curve_plot(results: dict, width: float) -> str:
-    """Test accuracy by epoch: mean over seeds, one standard deviation to either side as a band."""
-    curves = {name: m.get("learning_curve") for name, m in results["methods"].items()}
-    curves = {name: curve for name, curve in curves.items() if curve and len(curve["epoch"]) > 1}
+    """Test accuracy (`curve_key`) by epoch: mean over seeds, one standard deviation to either side as a band."""
+    curves, key = learning_curves(results), curve_key(results)
     panels, fig = _panels(results, curves, width, 2.9)
     for ax, shown in panels:
         for name in shown:
             color, marker, dashes = style(list(results["methods"]).index(name))
-            epoch, runs = _array(curves[name]["epoch"]), 100 * _array(curves[name]["accuracy"])
+            epoch, runs = _array(curves[name]["epoch"]), 100 * _array(curves[name][key])
             mean, spread = runs.mean(0), runs.std(0, ddof=1) if len(runs) > 1 else None
             if spread is not None:
                 ax.fill_between(epoch, mean - spread, mean + spread, color=color, alpha=0.16, lw=0)
@@ -194,8 +196,20 @@ def curve_plot(results: dict, width: float) -> str:
             ax.plot(epoch, mean, marker, ls=dashes, color=color, lw=1.4, zorder=3 + (name != shown[0]), **every)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.grid(axis="y", color="#e9e9e9", lw=0.7)
-    edge_labels(fig, "epoch", "test accuracy (%)")
+    edge_labels(fig, "epoch", f"{_label(key)} (%)")
     return svg_text(fig, f"curves-{width:g}", "Learning curves")
+
+
+def learning_curves(results: dict) -> dict[str, dict]:
+    """The learning curves of the methods that were tested after several epochs."""
+    curves = {name: m.get("learning_curve") for name, m in results["methods"].items()}
+    return {name: curve for name, curve in curves.items() if curve and len(curve["epoch"]) > 1}
+
+
+def curve_key(results: dict) -> str:
+    """What the learning curves show: the headline where all have it (runs that an earlier version began don't), else accuracy."""
+    key = headline(results)
+    return key if all(key in curve for curve in learning_curves(results).values()) else "accuracy"
 
 
 def class_bins(class_counts, limit: int = 20) -> list[np.ndarray]:
@@ -261,6 +275,10 @@ def svg_text(fig, name, label):
 
 def _array(values):
     return np.array(values, dtype=np.float64)  # None becomes nan
+
+
+def _label(key):
+    return "test " + key.replace("_", " ")
 
 
 def _has(entry):

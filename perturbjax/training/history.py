@@ -38,6 +38,10 @@ class History:
     """The links' metrics, averaged over the last epoch."""
     losses: tuple[np.ndarray, np.ndarray, np.ndarray] | None
     """Plain losses, perturbed losses and labels of training samples at the end; None without perturbations of the loss."""
+    balanced_accuracy: list[float | None] = dataclasses.field(default_factory=list)
+    """Mean of the classes' accuracies after each of the epochs `tested`; None, or nothing, where a version without it tested."""
+    macro_f1: list[float | None] = dataclasses.field(default_factory=list)
+    """Mean of the classes' F1, likewise."""
     memorised: float | None = None
     """Share of the training samples with a known wrong label that are predicted as that label at the end; None without any."""
     examples_per_second: float = 0.0

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from perturbjax.analysis.metrics import ClassCounts
 from perturbjax.chains import split_methods
 from perturbjax.checks import check_number
 from perturbjax.data import Dataset, evaluation_batches
@@ -100,6 +101,10 @@ class Progress:
     log_size: int = 0
     tested: list[int] = dataclasses.field(default_factory=list)
     """Epochs, counted from 1, that ended with an evaluation."""
+    balanced_accuracy: list[list[float | None]] = dataclasses.field(default_factory=list)
+    """Mean of the classes' test accuracies, where `accuracy` is; None where a version without it tested."""
+    macro_f1: list[list[float | None]] = dataclasses.field(default_factory=list)
+    """Mean of the classes' F1, likewise."""
 
     def of(self, s: int) -> dict:
         """The progress of one of the runs alone, as a checkpoint keeps it; whoever writes its log sets log_size."""
@@ -111,7 +116,8 @@ class Progress:
     def start(cls, runs: int) -> "Progress":
         """Before the first step."""
         empty = lambda of: [of() for _ in range(runs)]
-        return cls(0, empty(list), empty(list), empty(dict), empty(dict), empty(dict), empty(dict))
+        books = dict(balanced_accuracy=empty(list), macro_f1=empty(list))
+        return cls(0, empty(list), empty(list), empty(dict), empty(dict), empty(dict), empty(dict), **books)
 
 
 def fit(
@@ -212,6 +218,8 @@ class _Training:
             step, host, progress = found
             progress.pop("format")
             progress.setdefault("tested", every_epoch(progress["accuracy"][0]))
+            for name in ("balanced_accuracy", "macro_f1"):  # checkpoints of earlier versions
+                progress.setdefault(name, [[None] * len(own) for own in progress["accuracy"]])
             self.progress = Progress(**progress)
             if not self.options.log_every:  # lines that are switched on later begin there
                 self.progress.line_sums = [{} for _ in self.runs]
@@ -317,7 +325,7 @@ class _Training:
             found = mean(progress.epoch_sums[s])
             progress.loss[s].append(found["loss"])
             progress.metrics[s] = {name: x for name, x in found.items() if name != "loss"}
-            means.append(found | ({"accuracy": self._test(host, s, epoch)} if tests else {}))
+            means.append(found | (self._test(host, s, epoch) if tests else {}))
             lines.append(self._line(s, {"epoch": epoch, **means[-1]}))
         progress.epoch_sums = [{} for _ in self.runs]
         if self.on_epoch is not None:
@@ -325,13 +333,20 @@ class _Training:
             self.on_epoch(epoch - 1, average)
         return lines
 
-    def _test(self, state: Any, s: int, epoch: int) -> float:
-        """Test accuracy of one of the runs, entered into its books."""
-        accuracy = float(np.mean(self._predict(state, s).argmax(1) == self.runs[s].dataset.test_labels))
-        self.progress.accuracy[s].append(accuracy)
-        if accuracy > self.progress.best[s].get("accuracy", -1.0):
-            self.progress.best[s] = {"epoch": epoch, "accuracy": accuracy}
-        return accuracy
+    def _test(self, state: Any, s: int, epoch: int) -> dict[str, float]:
+        """Accuracy, balanced accuracy and macro F1 on the test set of one of the runs, entered into its books."""
+        labels, classes = self.runs[s].dataset.test_labels, self._predict(state, s, of=predicted_classes)
+        counts = ClassCounts.of(classes, labels, self.recipe.num_classes)
+        scores = {
+            "accuracy": float(np.mean(classes == labels)),
+            "balanced_accuracy": counts.balanced_accuracy,
+            "macro_f1": counts.macro_f1,
+        }
+        for name, value in scores.items():
+            getattr(self.progress, name)[s].append(value)
+        if scores["accuracy"] > self.progress.best[s].get("accuracy", -1.0):
+            self.progress.best[s] = {"epoch": epoch, "accuracy": scores["accuracy"]}
+        return scores
 
     def _line(self, s: int, values: dict) -> dict:
         run = self.runs[s]
@@ -373,16 +388,16 @@ class _Training:
         rows = np.flatnonzero(dataset.flipped)
         if not rows.size:
             return None
-        fitted = self._predict(state, s, dataset.train_images[rows]).argmax(1)
+        fitted = self._predict(state, s, dataset.train_images[rows], of=predicted_classes)
         return float(np.mean(fitted == dataset.train_labels[rows]))
 
-    def _predict(self, state: Any, s: int, images: np.ndarray | None = None) -> np.ndarray:
-        """Logits of one run for images, by default its test images."""
-        of = (lambda tree: jax.tree.map(lambda x: x[s], tree)) if self.many else (lambda tree: tree)
-        params, stats = of(state.params), of(state.stats)
+    def _predict(self, state: Any, s: int, images: np.ndarray | None = None, *, of: Callable | None = None) -> np.ndarray:
+        """Logits of one run for images, by default its test images; or what else `of` finds there."""
+        own = (lambda tree: jax.tree.map(lambda x: x[s], tree)) if self.many else (lambda tree: tree)
+        params, stats = own(state.params), own(state.stats)
         if jax.process_count() > 1:  # every process evaluates on a device of its own
             params, stats = to_host((params, stats))
-        return predict(self.recipe.model, params, stats, self.test_images[s] if images is None else images)
+        return (of or predict)(self.recipe.model, params, stats, self.test_images[s] if images is None else images)
 
     def _explained(self, trouble: Trouble, good: TrainState, checkpoints: Checkpoints | None) -> str:
         run = self.runs[trouble.run]
@@ -416,6 +431,8 @@ class _Training:
             histories.append(
                 History(
                     accuracy=progress.accuracy[s],
+                    balanced_accuracy=progress.balanced_accuracy[s],
+                    macro_f1=progress.macro_f1[s],
                     loss=progress.loss[s],
                     logits=self._predict(last, s),
                     seconds=progress.seconds / many,
@@ -444,10 +461,24 @@ def mean(sums: dict[str, float]) -> dict[str, float]:
 
 def predict(model, params, stats, images: np.ndarray, *, batch_size: int = EVALUATION_BATCH) -> np.ndarray:
     """Logits [N, C] of images [N, H, W, channels] in evaluation mode; the last batch is padded, which changes no number."""
-    run = compiled_logits(model)
+    return _evaluated(model, params, stats, images, batch_size, lambda logits: logits)
+
+
+def predicted_classes(model, params, stats, images: np.ndarray, *, batch_size: int = EVALUATION_BATCH) -> np.ndarray:
+    """[N], the class of the largest of `predict`'s logits, -1 where one is nan; found on the device, which the logits don't leave."""
+    return _evaluated(model, params, stats, images, batch_size, _largest)
+
+
+def _evaluated(model, params, stats, images, batch_size, of):
+    run = compiled_logits(model)  # one program for logits and classes, so that both are of the same numbers
     index, mask = evaluation_batches(len(images), min(batch_size, len(images)))
-    found = [run(params, stats, jnp.asarray(images[rows])) for rows in index]
+    found = [of(run(params, stats, jnp.asarray(images[rows]))) for rows in index]
     return np.concatenate(jax.device_get(found))[np.asarray(mask).reshape(-1).astype(bool)]
+
+
+@jax.jit
+def _largest(logits: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(logits).any(axis=-1), -1, logits.argmax(axis=-1))
 
 
 def extra_gradients(opt_state: optax.OptState) -> int:

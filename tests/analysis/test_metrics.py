@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from scipy.sparse import coo_array
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
 from perturbjax import analysis as pa
+from perturbjax.analysis import metrics
 
 N, C = 400, 7
 
@@ -133,3 +135,79 @@ def test_errors_say_what_was_given(labels, error, message):
 def test_class_counts_belong_to_the_logits():
     with pytest.raises(ValueError, match=r"class_counts \[4\], one for each logit, got shape \(3,\)"):
         pa.evaluate(np.zeros([3, 4]), [0, 1, 2], [1, 2, 3])
+
+
+@pytest.fixture(params=range(3))
+def imbalanced(request):
+    """Logits that favour frequent classes; every class has test samples, from about 300 to 1."""
+    rng = np.random.default_rng(request.param)
+    y = np.repeat(np.arange(C), [300, 120, 60, 30, 10, 3, 1])
+    return (rng.normal(size=[len(y), C]) + 2 * np.eye(C)[y] - 0.5 * np.arange(C)).astype(np.float32), y
+
+
+def test_balanced_accuracy_and_macro_f1_are_those_of_scikit_learn(imbalanced):
+    u, y = imbalanced
+    found = u.argmax(1)
+    assert pa.balanced_accuracy(u, y) == pytest.approx(sk.balanced_accuracy_score(y, found), rel=1e-12)
+    assert pa.macro_f1(u, y) == pytest.approx(sk.f1_score(y, found, average="macro"), rel=1e-12)
+    assert pa.accuracy(u, y) - pa.balanced_accuracy(u, y) > 0.1  # the head's accuracy is not the classes'
+    out = pa.evaluate(u, y, np.arange(C))
+    assert (out["balanced_accuracy"], out["macro_f1"]) == (pa.balanced_accuracy(u, y), pa.macro_f1(u, y))
+    precision, recall, f1, support = sk.precision_recall_fscore_support(y, found, zero_division=np.nan)
+    number = lambda values: np.array(values, np.float64)  # None becomes nan
+    np.testing.assert_allclose(number(out["precision"]), precision)
+    np.testing.assert_allclose(number(out["per_class"]), recall)
+    np.testing.assert_allclose(number(out["f1"]), np.where(np.isnan(precision), 0, f1))
+    assert out["support"] == support.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_means_over_classes_are_over_those_with_test_samples(scored):
+    u, y = scored  # class 6 has none, and is predicted now and then
+    found = u.argmax(1)
+    assert (found == 6).any() and not (y == 6).any()
+    assert pa.balanced_accuracy(u, y) == pytest.approx(sk.balanced_accuracy_score(y, found), rel=1e-12)
+    assert pa.macro_f1(u, y) == pytest.approx(sk.f1_score(y, found, average="macro", labels=np.unique(y)), rel=1e-12)
+    out = pa.evaluate(u, y, np.arange(C))
+    assert (out["per_class"][6], out["f1"][6], out["precision"][6], out["support"][6]) == (None, None, 0.0, 0)
+
+
+def test_a_class_that_is_never_predicted_has_no_precision_but_counts_in_macro_f1():
+    out = pa.evaluate(np.array([[2.0, 0.0]] * 4), [0, 0, 0, 1], [3, 1])
+    assert out["precision"] == [0.75, None] and out["f1"] == [pytest.approx(6 / 7), 0.0]
+    assert out["macro_f1"] == pytest.approx(3 / 7) and out["balanced_accuracy"] == 0.5 and out["accuracy"] == 0.75
+
+
+def test_the_confusion_matrix_is_scikit_learns_whole_and_as_entries(scored):
+    u, y = scored
+    expected = sk.confusion_matrix(y, u.argmax(1), labels=range(C))
+    np.testing.assert_array_equal(pa.confusion_matrix(u, y), expected)
+    parts = [metrics.confusions(u[rows].argmax(1), y[rows]) for rows in (slice(0, 150), slice(150, None))]
+    for entries in (pa.evaluate(u, y, np.arange(C))["confusion"], metrics.add_confusions(parts)):
+        matrix = coo_array((entries["count"], (entries["true"], entries["predicted"])), shape=(C, C))
+        np.testing.assert_array_equal(matrix.toarray(), expected)
+        assert min(entries["count"]) > 0 and len(entries["count"]) == np.count_nonzero(expected)
+
+
+def test_many_classes_cost_no_square_of_them():
+    """A matrix of 10^6 classes would be 8 TB."""
+    rng = np.random.default_rng(0)
+    y, found = rng.integers(0, 10**6, 500), rng.integers(0, 10**6, 500)
+    found[:200] = y[:200]
+    counts = pa.ClassCounts.of(found, y, 10**6)
+    assert counts.balanced_accuracy == pytest.approx(sk.recall_score(y, found, average="macro", labels=np.unique(y)))
+    assert sum(metrics.confusions(found, y)["count"]) == 500
+
+
+def test_a_sample_without_a_prediction_is_wrong_and_in_no_column():
+    u = np.array([[1.0, 0.0, 0.0], [np.nan, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    y = np.array([0, 0, 1])  # argmax of the second row is 0, which would be right
+    assert pa.predictions(u).tolist() == [0, -1, 1]
+    out = pa.evaluate(u, y, [2, 1, 1])
+    assert out["per_class"] == [0.5, 1.0, None] and out["balanced_accuracy"] == 0.75 and out["support"] == [2, 1, 0]
+    assert out["confusion"] == {"true": [0, 1], "predicted": [0, 1], "count": [1, 1]} and pa.confusion_matrix(u, y).sum() == 2
+
+
+def test_balanced_is_up_to_one_and_a_half_times_the_smallest_class():
+    assert pa.is_balanced([10, 15, 12]) and not pa.is_balanced([10, 16, 12])
+    assert pa.is_balanced([0, 5, 5]) and not pa.is_balanced([0, 5, 50])  # those that exist; the missing one is named elsewhere

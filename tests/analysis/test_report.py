@@ -66,13 +66,17 @@ def invent(names=SEVEN, num_classes=10, seeds=3, epochs=4, ratio=100):
 
 
 class Page(HTMLParser):
-    """Checks that tags close in order; collects text, tag names and attributes."""
+    """Checks that tags close in order; collects text, tag names and attributes. images: of links, leaves out pictures in the page."""
 
-    def __init__(self, path):
+    def __init__(self, path, images=False):
         super().__init__()
         self.open, self.tags, self.ids, self.links, self.text = [], set(), [], [], ""
         self.feed(path.read_text(encoding="utf-8"))
         assert self.open == []
+        pictures = [link for link in self.links if link.startswith("data:image/png;base64,")]
+        assert bool(pictures) == images
+        self.links = [link for link in self.links if link not in pictures]
+        assert all(link.startswith("#") and link[1:] in self.ids for link in self.links) and not self.tags & {"script", "link"}
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)

@@ -41,6 +41,8 @@ def assert_same(a, b, rtol=1e-4, atol=2e-5):
     jax.tree.map(close, (a.state.params, a.state.stats), (b.state.params, b.state.stats))
     np.testing.assert_allclose(a.logits, b.logits, rtol=rtol, atol=atol)
     np.testing.assert_allclose(a.loss, b.loss, rtol=1e-4)
+    for scores in ("accuracy", "balanced_accuracy", "macro_f1"):  # rounding moves no prediction here
+        np.testing.assert_allclose(getattr(a, scores), getattr(b, scores), rtol=1e-12)
     assert a.gradient_evaluations == b.gradient_evaluations and a.inner_evaluations == b.inner_evaluations
 
 

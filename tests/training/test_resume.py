@@ -159,6 +159,27 @@ def test_testing_less_often_changes_nothing_but_the_curve(undisturbed, tmp_path)
     assert type(mixed).load(tmp_path / "finished.npz").tested == [1, 3, 4]
 
 
+def test_a_run_that_an_earlier_version_began_has_no_balanced_accuracy_until_then(undisturbed, tmp_path):
+    whole = undisturbed[0]
+    assert len(whole.balanced_accuracy) == len(whole.macro_f1) == EPOCHS and None not in whole.balanced_accuracy
+
+    def stop(epoch, metrics):
+        if epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with RunFolder(tmp_path) as folder, pytest.raises(Interrupted):
+        fit(R, dataset(), SETTINGS, 0, folder=folder, on_epoch=stop)
+    for kept in (tmp_path / "checkpoints").rglob("progress/metadata"):
+        books = json.loads(kept.read_text())
+        del books["balanced_accuracy"], books["macro_f1"]
+        kept.write_text(json.dumps(books))
+    with RunFolder(tmp_path) as folder:
+        resumed = fit(R, dataset(), SETTINGS, 0, folder=folder)
+    assert_equal(resumed, whole)
+    assert resumed.balanced_accuracy == [None, None, *whole.balanced_accuracy[2:]]
+    assert resumed.macro_f1 == [None, None, *whole.macro_f1[2:]]
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="Options needs test_every >= 1, got 0. Write test_every=1"):
         Options(test_every=0)
