@@ -191,8 +191,9 @@ def validation(fraction: float) -> View:
         out = take(dataset, np.flatnonzero(held))
         rest = take(dataset, np.flatnonzero(~held))
         return dataclasses.replace(
-            rest, validation_images=out.train_images, validation_labels=out.train_labels, validation_texts=out.train_texts
-        )
+            rest, validation_images=out.train_images, validation_labels=out.train_labels, validation_texts=out.train_texts,
+            validation_names=out.train_names,
+        )  # fmt: skip
 
     return _view("validation", transform, fraction=fraction)
 
@@ -327,7 +328,7 @@ def leave_out(domain: str | int) -> View:
                 f"{train_out.sum() + test_out.sum()} in it and {(~train_out).sum()} in others. Name another domain."
             )
         join = lambda train, test: np.concatenate([train[train_out], test[test_out]])
-        rest = (dataset.test_images, dataset.test_labels, dataset.test_texts)
+        rest = (dataset.test_images, dataset.test_labels, dataset.test_texts, dataset.test_names)
         validation = [None if values is None or test_out.all() else values[~test_out] for values in rest]
         return dataclasses.replace(
             take(dataset, np.flatnonzero(~train_out)),
@@ -337,7 +338,9 @@ def leave_out(domain: str | int) -> View:
             validation_images=validation[0],
             validation_labels=validation[1],
             validation_texts=validation[2],
+            validation_names=validation[3],
             test_texts=None if dataset.test_texts is None else join(dataset.train_texts, dataset.test_texts),
+            test_names=None if dataset.test_names is None else join(dataset.train_names, dataset.test_names),
         )
 
     return _view("leave_out", transform, seeded=False, domain=domain)
