@@ -84,6 +84,7 @@ def load_view(settings: Settings, seed: int, views: tuple[Callable, ...] | None 
     """The data with the settings' view drawn with this seed (or these views of it), checked."""
     views = views_of(settings.view) if views is None else views
     form = {"text_length": settings.text_length, "vocabulary": settings.vocabulary, "vocabulary_size": settings.vocabulary_size}
+    form |= {"background": settings.background, "skip_damaged": settings.skip_damaged}
     found = source(settings.data, settings.image_size, **form)
     return check_duplicates(check(apply_views(found, views, seed)))
 
@@ -293,6 +294,8 @@ def check_runs(
 
     stats: as for `make_recipe`; those that the runs will have make the trace theirs.
     """
+    check_number("--epochs", low=1, epochs=settings.epochs)
+    check_number("--batch-size", low=1, batch_size=settings.batch_size)
     check_number("--learning-rate", low=0, open_low=True, high=1e30, learning_rate=settings.learning_rate)
     check_number("--momentum", low=0, high=1, momentum=settings.momentum)
     check_number("--weight-decay", low=0, high=1e30, weight_decay=settings.weight_decay)

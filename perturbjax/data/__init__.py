@@ -4,6 +4,7 @@ from perturbjax.data.augment import Augmentation, augment
 from perturbjax.data.batches import balanced_order, epoch_order, evaluation_batches, replayed_order
 from perturbjax.data.dataset import Dataset, check
 from perturbjax.data.duplicates import check_duplicates
+from perturbjax.data.opacity import on_background
 from perturbjax.data.sources import SOURCES, load
 from perturbjax.data.text import Tokenizer, build_words, pack, read_pieces, read_vectors, unpack
 from perturbjax.data.views import (
@@ -45,6 +46,7 @@ __all__ = [
     "longtail",
     "longtail_counts",
     "noise",
+    "on_background",
     "pack",
     "read_pieces",
     "read_vectors",

@@ -7,6 +7,7 @@ import numpy as np
 
 from perturbjax.data.dataset import Dataset, as_images, as_labels, name_classes, stratified
 
+NAMES = ("train", "test", "validation")
 TEST_SHARE, SPLIT_SEED = 0.3, 0  # of a source without a test set; fixed, so that everybody tests on the same samples
 
 
@@ -60,6 +61,7 @@ def from_parts(
     class_names: Sequence[str],
     domain_names: Sequence[str] = (),
     notes: Sequence[str] = (),
+    files: np.ndarray | None = None,
 ) -> Dataset:
     """The parts "train", and "test" and "validation" where there are any, read and put together.
 
@@ -69,6 +71,7 @@ def from_parts(
 
     Args:
       read: parts -> the images [N, H, W, channels] of each.
+      files: [K] str, the name of each item, where items are positions in it.
     """
     train, notes = parts["train"], list(notes)
     test, validation = parts.get("test"), parts.get("validation")
@@ -97,4 +100,5 @@ def from_parts(
         validation_labels=None if validation is None else validation.labels,
         notes=tuple(notes),
         source_size=size,
+        **({} if files is None else {f"{key}_names": files[part.items] for key, part in zip(NAMES, chosen)}),
     )
