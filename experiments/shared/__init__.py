@@ -1,6 +1,7 @@
 """What the scripts share. As `shared.name`: what several of them use."""
 
 from experiments.shared.building import (
+    COPIES,
     Method,
     branch_options,
     channel_stats,
@@ -31,7 +32,7 @@ from experiments.shared.records import (
 )  # fmt: skip
 
 __all__ = [
-    "CONFIGS", "Method", "Settings", "attacked", "attacked_before", "attacks_of", "branch_options", "channel_stats", "check_file",
+    "CONFIGS", "COPIES", "Method", "Settings", "attacked", "attacked_before", "attacks_of", "branch_options", "channel_stats", "check_file",
     "check_runs", "check_step", "classifiers", "command_line", "digest", "finished_run", "first_flags", "flags_of_recipe", "identity",
     "load_view", "make_numbers", "make_recipe", "options", "parse_methods", "prepare_out", "print_classifiers", "print_notes",
     "raise_diverged", "read_config", "read_results", "record", "refuse", "results_of", "run_place", "slug", "source", "start", "value_of",

@@ -21,7 +21,7 @@ import numpy as np
 
 from perturbjax.checks import nearest
 from perturbjax.data.dataset import Dataset, draw, in_blocks, stratified, take
-from perturbjax.data.duplicates import repeated
+from perturbjax.data.duplicates import find_copies
 from perturbjax.data.label_file import as_numbers, read_labels
 
 Seed = int | Sequence[int]
@@ -367,26 +367,56 @@ def _domain(dataset: Dataset, domain: str | int) -> int:
     raise ValueError(f"leave_out needs a domain of {dataset.name}, got {domain!r}. {nearest(str(domain), names)}")
 
 
-def drop_duplicates() -> View:
+def drop_duplicates(within: bool = False) -> View:
     """Drops training samples whose image is in the test or the validation set, bit for bit. Put it first: see
-    `check_duplicates`. Images that are only repeated within the training set stay."""
+    `check_duplicates`. Of a class that would have no training sample left, the copies in the test and validation set go instead.
+
+    Args:
+      within: of images that are repeated within the training set, drop all but the first one of each label, too. False: they stay.
+
+    Raises:
+      ValueError: when applied, if that leaves no test sample.
+    """
 
     def transform(dataset, rng):
         del rng  # nothing is drawn
-        known = repeated(dataset)
-        empty = np.bincount(dataset.train_labels[~known], minlength=dataset.num_classes) == 0
-        if empty.any():
-            c = int(np.argmax(empty))
+        copies = find_copies(dataset)
+        first, held = copies.first[copies.of("train")], copies.first[copies.of("train").stop :]
+        labels, known = dataset.train_labels, np.isin(first, held)
+        left = lambda gone: np.bincount(labels[~gone], minlength=dataset.num_classes)
+        alone = left(known) == 0
+        gone = known & ~alone[labels]
+        out = np.isin(held, first[known & alone[labels]])
+        of_test = len(dataset.test_labels)
+        if out[:of_test].all():
+            c = int(np.argmax(alone))
             raise ValueError(
                 f"drop_duplicates needs to leave every class a training sample, got {known.sum()} duplicates among "
                 f"{len(known)}, without which class {c} ({dataset.class_names[c]!r}) has none. Give another test set: "
                 "np.savez(path, images=..., labels=...) lets load split one off."
             )
-        note = f"{dataset.name}: {known.sum()} training {dataset.kind} that are in the test or validation set were dropped."
-        kept = take(dataset, np.flatnonzero(~known)) if known.any() else dataset
-        return dataclasses.replace(kept, notes=(*kept.notes, note))
+        note = f"{gone.sum()} training {dataset.kind} that are in the test or validation set were dropped."
+        if out.any():
+            names = ", ".join(repr(dataset.class_names[c]) for c in np.flatnonzero(alone))
+            note += f" {out.sum()} there were, instead, that are the only training {dataset.kind} of {names}."
+        if within:
+            again = np.ones(len(labels), bool)
+            again[np.unique(np.stack([first, labels]), axis=1, return_index=True)[1]] = False
+            note += f" {(again & ~gone).sum()} copies within the training set were dropped."
+            gone |= again
+        kept = take(dataset, np.flatnonzero(~gone)) if gone.any() else dataset
+        for part, lost in (("test", out[:of_test]), ("validation", out[of_test:])):
+            kept = _without(kept, part, lost) if lost.any() else kept
+        return dataclasses.replace(kept, notes=(*kept.notes, f"{dataset.name}: {note}"))
 
-    return _view("drop_duplicates", transform, seeded=False)
+    return _view("drop_duplicates", transform, seeded=False, **({"within": True} if within else {}))
+
+
+def _without(dataset: Dataset, part: str, lost: np.ndarray) -> Dataset:
+    """The data set without these samples of its test or validation set. lost: bool, one for each."""
+    fields = {f"{part}_{what}" for what in ("images", "labels", "domains", "texts", "names")}
+    values = {key: value for key in fields if (value := getattr(dataset, key, None)) is not None}
+    return dataclasses.replace(dataset, **{key: None if lost.all() else value[~lost] for key, value in values.items()})
 
 
 VIEWS: dict[str, Callable[..., View]] = {

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perturbjax.data import folder as module
 from perturbjax.data import decode, images, load, thin
+from perturbjax.data import folder as module
 
 RNG = np.random.default_rng(0)
 
