@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-SAMPLED = 4096  # images of a part that are looked at, at equal distances: a mapped set of any size takes a moment
+SAMPLED = 1024  # images of a part that are looked at, at equal distances: a mapped set of any size takes a moment
 APART = 8  # times as wide: from here on two ranges are told (the scales in use, 1, 16 and 255, are further apart)
 
 
@@ -48,9 +48,10 @@ def untested(name: str, test_labels: np.ndarray, class_counts: np.ndarray, class
         return None
     shown = ", ".join(f"{class_names[c]!r} ({class_counts[c]} in training)" for c in missing[:10])
     shown += f" and {missing.size - 10} more" if missing.size > 10 else ""
+    single = (class_counts[missing] == 1).any()
     return (
-        f"{name}: not tested, since there are no test {kind} of them: {missing.size} of {len(class_names)} classes: {shown}. "
-        "No number says how well they are learnt; a class needs two samples, so that one can be tested on."
+        f"{name}: not tested, since there are no test {kind} of them: {missing.size} of {len(class_names)} classes: {shown}. No number "
+        f"says how well they are learnt. {'A single sample can be trained on only: add some.' if single else 'Add some to test on.'}"
     )
 
 

@@ -168,6 +168,13 @@ def check(dataset: Dataset) -> Dataset:
             raise ValueError(
                 f"check needs {part}_texts{of} for each of the {count} rows of tokens, got {len(texts)}. Give both of the same samples."
             )
+    for key, labelled in (("train", d.train_labels), ("test", d.test_labels), ("validation", d.validation_labels)):
+        files = getattr(d, key + "_names")
+        if files is not None and (labelled is None or len(files) != len(labelled)):
+            raise ValueError(
+                f"check needs {key}_names{of}, one for each of the {0 if labelled is None else len(labelled)} samples, got {len(files)}. "
+                "Give both of the same samples, or leave the names out."
+            )
     given = [np.asarray(v) for v in (d.train_domains, d.test_domains) if v is not None]
     if given:
         extra["domain_names"] = domains = name_classes(d.domain_names, *given)

@@ -66,14 +66,15 @@ def _usual(image: Image.Image, form: Form) -> Decoded:
     """Of 8 bits a channel, or as many as Pillow reads."""
     if form.grey and image.mode not in GREY:
         raise Wider(form._replace(grey=False))
-    traits = ["cut"] if any(";16" in str(tile) for tile in image.tile) else []
+    traits = ["cut"] if any(";16" in str(tile) for tile in getattr(image, "tile", ())) else []
     image = ImageOps.exif_transpose(image)
     see_through = image.mode in SEE_THROUGH or "transparency" in image.info
     if see_through:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # of palettes too, or else Pillow warns
-        if form.background != UNTOUCHED and image.getchannel("A").getextrema()[0] < 255:
+        rgba = np.asarray(image)
+        if form.background != UNTOUCHED and (rgba[..., 3] < 255).any():
             _check_grey(form)
-            image = Image.fromarray(on_background(np.asarray(image)[None], form.background)[0])
+            image = Image.fromarray(on_background(rgba[None], form.background)[0])
             traits.append("transparent")
     image = image.convert("L" if form.grey else "RGB")
     pixels = np.asarray(image if form.image_size is None else resize(image, form.image_size))

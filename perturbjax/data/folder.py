@@ -247,7 +247,7 @@ def _sentences(traits: dict[str, list[str]], form: Form) -> list[str]:
     """What to say of images with these traits."""
     found = {name: listed(sorted(files)) for name, files in sorted(traits.items())}
     told = {
-        "transparent": "{} with transparent pixels, laid on " + form.background + " (another colour: --background black).",
+        "transparent": "{} with transparent pixels, laid on " + form.background + " (--background for another colour).",
         "deep": "{} of 16 bits a pixel: 0..65535 are scaled to [0, 1], and all images are float32.",
         "cut": "{} of 16 bits a channel, in colour or with opacity, of which the upper 8 are read.",
     }

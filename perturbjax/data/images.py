@@ -9,12 +9,13 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 LIMIT = 4 * 2**30  # bytes of an array in memory; a larger one is written to a file and mapped
+Made = TypeVar("Made")
 BLOCK = 256  # images decoded ahead of the one that is written
 
 
@@ -34,7 +35,7 @@ def resize(image: Image.Image, size: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
 
 
-def in_threads(decode: Callable, items: Iterable) -> Iterator[np.ndarray]:
+def in_threads(decode: Callable[[Any], Made], items: Iterable) -> Iterator[Made]:
     """decode(item) of each item, in order; decoders free the interpreter lock, so threads are enough."""
     items = iter(items)
     with ThreadPoolExecutor() as pool:

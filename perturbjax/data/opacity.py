@@ -56,6 +56,11 @@ def laid(dataset: Dataset, background: str) -> Dataset:
         return dataset
     images = {key: getattr(dataset, key) for key in PARTS if getattr(dataset, key) is not None}
     full = 255 if dataset.train_images.dtype == np.uint8 else 1
+    if not any(x[block, ..., 3].any() for x in images.values() for block in in_blocks(x)):
+        raise ValueError(
+            f"load needs opacity in the fourth channel of {dataset.name}, got 0 everywhere, of which a white page would be left. "
+            "Write images[..., :3], or --background none (load(..., background='none')) to train on all four."
+        )
     transparent = sum(int((x[block, ..., 3] < full).any((1, 2)).sum()) for x in images.values() for block in in_blocks(x))
     total = sum(map(len, images.values()))
     notes = tuple(note for note in dataset.notes if not note.startswith(f"{dataset.name}: the images have 4 channels"))

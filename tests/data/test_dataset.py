@@ -155,9 +155,16 @@ def test_a_class_without_a_test_sample_is_named_once():
     )
     assert check(d).notes == d.notes
     fewer = check(dataclasses.replace(d, test_labels=np.array([0, 1, 0, 0, 0, 0])))
-    assert "1 of 3 classes: 'hen' (2 in training)." in fewer.notes[0] and len(fewer.notes) == 1
+    assert (
+        "1 of 3 classes: 'hen' (2 in training). No number says how well they are learnt. Add some" in fewer.notes[0]
+        and len(fewer.notes) == 1
+    )
     many = check(Dataset("x", np.zeros([30, 2, 2], np.uint8), np.arange(30), np.zeros([1, 2, 2], np.uint8), np.zeros(1, int)))
-    assert "29 of 30 classes: '1' (1 in training)" in many.notes[0] and "'10' (1 in training) and 19 more." in many.notes[0]
+    assert (
+        "29 of 30 classes: '1' (1 in training)" in many.notes[0]
+        and "'10' (1 in training) and 19 more." in many.notes[0]
+        and "single" in many.notes[0]
+    )
 
 
 def test_four_channels_are_told_until_they_are_three():
@@ -226,6 +233,8 @@ TRAIN, TEST = small().train_images, small().test_images
         ({"test_domains": np.full(6, 2), "domain_names": ("x", "y")}, "test_domains of small in 0..1, got 2"),
         ({"train_index": np.arange(12) + 9, "source_size": 20}, "train_index of small in 0..19 for source_size 20, got 9 to 20"),
         ({"train_index": np.arange(12) - 1, "source_size": 20}, "got -1 to 10. Give the size"),
+        ({"train_names": np.array(["x"] * 5, object)}, "train_names of small, one for each of the 12 samples, got 5"),
+        ({"validation_names": np.array(["x"] * 5, object)}, "validation_names of small, one for each of the 0 samples, got 5"),
         ({"train_index": np.arange(5)}, "train_index of small as 12 integers, got int64 [5]"),
         ({"true_labels": np.full(12, 3)}, "true_labels of small in 0..2, got 3 at position 0 (12 such labels)"),
     ],

@@ -65,7 +65,7 @@ def test_black_ink_on_nothing_is_black_on_white_with_a_note(write, stored):
         np.testing.assert_array_equal(every(d), (255 - opacity)[..., None].repeat(3, -1))
         assert d.notes == (
             "photos: 19 files (0/1.png, 0/2.png, 0/3.png, ...) with transparent pixels, laid on white "
-            "(another colour: --background black).",
+            "(--background for another colour).",
         )
         assert isinstance(d.train_images, np.memmap) == stored
 
@@ -133,6 +133,9 @@ def test_arrays_of_four_channels_are_rgba_with_a_note(tmp_path, dtype):
     assert "the images have 4 channels, and all of them are trained on" in four.notes[0]
     with pytest.raises(ValueError, match=re.escape("got shape [40, 6, 6, 3]. Leave it out")):
         on_background(given[..., :3])
+    np.savez(tmp_path / "x.npz", images=given * np.array([1, 1, 1, 0], dtype), labels=labels)  # padded to four
+    with pytest.raises(ValueError, match=r"fourth channel of x, got 0 everywhere.* Write images\[..., :3\]"):
+        load(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("form", ["png", "tiff", "pgm"])
