@@ -8,8 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perturbjax.data import decode, images, load, thin
+from perturbjax.data import (
+    apply_views,
+    check,
+    decode,
+    drop_duplicates,
+    images,
+    leave_out,
+    load,
+    longtail,
+    noise,
+    thin,
+    validation,
+)
 from perturbjax.data import folder as module
+from perturbjax.data.domains import pooled
 
 RNG = np.random.default_rng(0)
 
@@ -52,6 +65,43 @@ def test_classes_are_folders_and_a_test_set_is_split_off(photos):
         np.testing.assert_array_equal(d.train_labels, d.train_index // 10)
         np.testing.assert_array_equal(np.bincount(d.test_labels), [3, 3])
         assert d.train_domains is None and d.train_images.dtype == np.uint8 and len(d.train_labels) == 14
+
+
+def test_a_single_image_of_a_class_is_trained_on_and_said_not_to_be_tested(photos, write):
+    root = write("hen/1.png", pixels(4, 5, 3))
+    d = load(root)
+    assert d.class_names == ("cat", "dog", "hen") and d.class_counts.tolist() == [7, 7, 1]
+    np.testing.assert_array_equal(np.bincount(d.test_labels, minlength=3), [3, 3, 0])
+    assert d.notes == (
+        "photos: not tested, since there are no test images of them: 1 of 3 classes: 'hen' (1 in training). No number says how well they "
+        "are learnt. A single sample can be trained on only: add some.",
+    )
+
+
+def test_names_stay_beside_their_images_through_all_views(write):
+    made = {f"{d}/{c}/{n}.png": pixels(3, 3, 3) for d in ("art", "photo") for c in ("a", "b") for n in range(10)}
+    for name, image in made.items():
+        root = write(name, image)
+    write("art/a/10.png", made["photo/a/9.png"]), write("art/a/11.png", made["photo/a/9.png"])
+    d = load(root)
+    chains = (
+        [],
+        [leave_out("photo")],
+        [validation(0.3), thin(3)],
+        [longtail(3)],
+        [drop_duplicates(within=True), noise("pair", 0.2)],
+    )
+    for views in chains:
+        made_of = apply_views(d, views, 0)
+        for part in ("train", "test", "validation"):
+            found = getattr(made_of, f"{part}_images")
+            assert (found is None) == (getattr(made_of, f"{part}_names") is None)
+            for name, image in zip(getattr(made_of, f"{part}_names"), found, strict=True) if found is not None else ():
+                np.testing.assert_array_equal(image, made.get(name, made["photo/a/9.png"]), err_msg=name)
+        assert len(check(made_of).train_names) == len(made_of.train_labels)
+    whole = pooled(d)
+    assert sorted(whole.train_names) == sorted([*made, "art/a/10.png", "art/a/11.png"])
+    np.testing.assert_array_equal(whole.train_images[whole.train_names.tolist().index("photo/b/3.png")], made["photo/b/3.png"])
 
 
 def test_the_same_split_as_of_the_same_arrays_in_an_npz(photos, tmp_path):
