@@ -125,9 +125,8 @@ def main(argv: list[str]) -> None:
         suggestion = audit.suggested(found.probability, dataset.train_labels)
         others = other_labels(dataset)
         report = summary(settings, dataset, found, score, flagged, suggestion) | {"disputed": len(others)}
-        order = np.lexsort(
-            (-score, [n not in others for n in range(len(score))])
-        )  # no net is as sure as two labels of one image
+        undisputed = [n not in others for n in range(len(score))]  # no score says as much as two labels of one image
+        order = np.lexsort((-score, undisputed))
         write_csv(folder.path / "audit.csv", dataset, order, score, flagged, suggestion, found, others)
         page = sheet(dataset, order[: settings.top], score, flagged, suggestion, others)
         (folder.path / "sheet.html").write_text(page, encoding="utf-8")

@@ -31,7 +31,7 @@ class Settings:
     image_size: int | None = None
     """Edge to which the images of a folder are resized and cropped."""
     background: str = "white"
-    """Colour on which transparent images lie; none: without a look at their transparency."""
+    """Colour on which transparent images lie (four channels are RGBA); none: files lose their opacity, arrays keep four channels."""
     skip_damaged: bool = False
     """Leave out the images of a folder that can't be decoded, instead of ending with their names."""
     text_length: int | None = None

@@ -48,7 +48,7 @@ class Dataset:
     train_texts: np.ndarray | None = None  # [N] str (dtype object), as in the source, whole
     test_texts: np.ndarray | None = None  # [M] str
     validation_texts: np.ndarray | None = None  # [V] str
-    train_names: np.ndarray | None = None  # [N] str (dtype object), the file of each sample, as seen from its folder
+    train_names: np.ndarray | None = None  # [N] str (dtype object), where each sample is found: "cat/1.png" in a folder
     test_names: np.ndarray | None = None  # [M] str
     validation_names: np.ndarray | None = None  # [V] str
 
