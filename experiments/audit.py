@@ -4,7 +4,8 @@
     python experiments/audit.py --view "noise(symmetric, 0.2)" --out DIR              # known flips: how good is the ranking?
     python experiments/audit.py --data photos/ --model resnet20 --seeds 3 --out DIR   # and how much do seeds disagree?
 
-Writes to --out: audit.csv (every training sample, the most suspicious first: given and suggested label, score, the signals behind it),
+Writes to --out: audit.csv (every training sample, the most suspicious first: given and suggested label, score, the signals behind it;
+before all others those that are there twice, bit for bit, under two labels: duplicates.csv lists all copies),
 sheet.html (the most suspicious ones as pictures or texts), cleaned.npz (without the flagged ones, or relabelled; test and validation
 set as they are; --data reads it), and audit.json (noise rate, confusion, threshold; where the true labels are known, how well each
 score finds the wrong ones, beside cleanlab's from out-of-fold predictions of the same net).
@@ -14,6 +15,7 @@ too, and its mean prediction with them. Interrupted, the same command goes on.
 """
 
 import base64
+import collections
 import csv
 import dataclasses
 import html
@@ -21,6 +23,7 @@ import importlib.util
 import io
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,8 +37,9 @@ from experiments import shared
 from perturbjax.analysis import audit
 from perturbjax.analysis.dynamics import dynamics, mean_dynamics, sample_signals
 from perturbjax.checks import check_choice, check_number
-from perturbjax.data import Dataset, pack
+from perturbjax.data import Dataset, find_copies, pack
 from perturbjax.data.dataset import take
+from perturbjax.data.duplicates import has_copies
 from perturbjax.training import History, Recipe, RunFolder, TimedStep, cost_ratios, first_batch, fit, init_state, sample_data
 from perturbjax.training.checkpoint import Checkpoints, dump_json
 from perturbjax.training.devices import to_host
@@ -101,11 +105,11 @@ def main(argv: list[str]) -> None:
     methods = shared.parse_methods(settings.method, settings.plugin)
     check(settings, methods)
     [(typed, (method, numbers))] = methods.items()
-    dataset = shared.load_view(settings, settings.seed)
+    dataset = shared.load_view(settings, settings.seed, refuse_duplicates=False)  # they are what it is to find
     shared.check_runs(settings, dataset, methods, shared.channel_stats(settings))
     with shared.prepare_out(settings.out, "audit", settings.view, run_identity(settings, dataset)) as folder:
         console, began = Console(), time.perf_counter()
-        shared.print_notes(dataset, console, settings)
+        shared.print_notes(dataset, console, settings, folder.path)
         numbers = shared.make_numbers(settings, numbers)
         recipe = shared.make_recipe(settings, dataset, method, shared.channel_stats(settings))
         compares = dataset.flipped.any() and settings.folds and importlib.util.find_spec("cleanlab") is not None
@@ -119,10 +123,13 @@ def main(argv: list[str]) -> None:
         score = audit.combined(found.signals)
         flagged = audit.suspects(found.probability, dataset.train_labels)
         suggestion = audit.suggested(found.probability, dataset.train_labels)
-        report = summary(settings, dataset, found, score, flagged, suggestion)
-        order = np.argsort(-score, kind="stable")
-        write_csv(folder.path / "audit.csv", dataset, order, score, flagged, suggestion, found)
-        (folder.path / "sheet.html").write_text(sheet(dataset, order[: settings.top], score, flagged, suggestion))
+        others = other_labels(dataset)
+        report = summary(settings, dataset, found, score, flagged, suggestion) | {"disputed": len(others)}
+        undisputed = [n not in others for n in range(len(score))]  # no score says as much as two labels of one image
+        order = np.lexsort((-score, undisputed))
+        write_csv(folder.path / "audit.csv", dataset, order, score, flagged, suggestion, found, others)
+        page = sheet(dataset, order[: settings.top], score, flagged, suggestion, others)
+        (folder.path / "sheet.html").write_text(page, encoding="utf-8")
         write_cleaned(folder.path / "cleaned.npz", dataset, flagged, suggestion, relabel=settings.clean == "relabel")
         # The rest says how good and how dear that was: an error there leaves the files.
         dump_json(folder.path / "audit.json", report)
@@ -294,20 +301,41 @@ def recorder_cost(settings, recipe: Recipe, numbers: dict, dataset: Dataset) -> 
     return cost_ratios(programs, "plain", rounds=9, steps=5)["watched"]
 
 
-def write_csv(path: pathlib.Path, dataset: Dataset, order, score, flagged, suggestion, found: Evidence) -> None:
-    """Every training sample, the most suspicious first."""
-    known = dataset.flipped.any()
-    with open(path, "w", newline="") as file:
+def other_labels(dataset: Dataset) -> dict[int, str]:
+    """{training sample: the other labels under which it is there too, in any part}: not all of them are right."""
+    if not has_copies(dataset):
+        return {}
+    copies = find_copies(dataset)
+    disputed = np.flatnonzero(copies.disputed)
+    under = collections.defaultdict[int, set[int]](set)
+    for n in disputed:
+        under[int(copies.first[n])].add(int(copies.labels[n]))
+    names, last = dataset.class_names, copies.of("train").stop
+    rest = lambda n: sorted(under[int(copies.first[n])] - {int(copies.labels[n])})
+    return {int(n): "; ".join(names[c] for c in rest(n)) for n in disputed if n < last}
+
+
+def write_csv(path: pathlib.Path, dataset: Dataset, order, score, flagged, suggestion, found: Evidence, others) -> None:
+    """Every training sample, in that order; its file, the other labels of its copies and its true label, where there are any."""
+    names = dataset.class_names
+    columns: dict[str, Callable] = {
+        "index": lambda i: int(dataset.train_index[i]),
+        "given": lambda i: names[dataset.train_labels[i]],
+        "suggested": lambda i: names[suggestion[i]],
+        "score": lambda i: f"{score[i]:.6g}",
+        "flagged": lambda i: int(flagged[i]),
+    }
+    columns |= {name: lambda i, values=values: f"{values[i]:.6g}" for name, values in found.signals.items()}
+    if dataset.flipped.any():
+        columns["true"] = lambda i: names[dataset.true_labels[i]]
+    if others:
+        columns["other_labels"] = lambda i: others.get(int(i), "")
+    if dataset.train_names is not None:
+        columns["name"] = lambda i: dataset.train_names[i]
+    with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["index", "given", "suggested", "score", "flagged", *found.signals, *(["true"] if known else [])])
-        names = dataset.class_names
-        for i in order:
-            parts = [f"{values[i]:.6g}" for values in found.signals.values()]
-            truth = [names[dataset.true_labels[i]]] if known else []
-            rows.writerow([
-                int(dataset.train_index[i]), names[dataset.train_labels[i]], names[suggestion[i]], f"{score[i]:.6g}", int(flagged[i]),
-                *parts, *truth,
-            ])  # fmt: skip
+        rows.writerow(columns)
+        rows.writerows([of(i) for of in columns.values()] for i in order)
 
 
 def write_cleaned(path: pathlib.Path, dataset: Dataset, flagged, suggestion, *, relabel: bool) -> None:
@@ -345,7 +373,7 @@ def cleaned(given, flagged, suggestion, num_classes: int, *, relabel: bool) -> t
         changed &= ~gone
 
 
-def sheet(dataset: Dataset, order, score, flagged, suggestion) -> str:
+def sheet(dataset: Dataset, order, score, flagged, suggestion, others) -> str:
     """The contact sheet: one self-contained page."""
     names = [html.escape(name) for name in dataset.class_names]
     cards = []
@@ -353,11 +381,16 @@ def sheet(dataset: Dataset, order, score, flagged, suggestion) -> str:
         truth = ""
         if dataset.flipped.any():
             truth = f"<br>true: {names[dataset.true_labels[i]]}{' ✗' if dataset.flipped[i] else ' ✓'}"
+        if i in others:
+            truth += f"<br>a copy is labelled: <b>{html.escape(others[i])}</b>"
+        if dataset.train_names is not None:
+            truth += f"<br>{html.escape(dataset.train_names[i])}"
         cards.append(
             f'<figure class="{"flagged " * int(flagged[i])}{dataset.kind}">{preview(dataset, i)}<figcaption>#{int(dataset.train_index[i])}<br>'
             f"given: <b>{names[dataset.train_labels[i]]}</b><br>suggested: <b>{names[suggestion[i]]}</b>{truth}<br>"
             f"score {score[i]:.3f}</figcaption></figure>"
         )
+    copied = ", those before all others that are there under two labels" if others else ""
     title = f"{html.escape(dataset.name)}: the {len(cards)} most suspicious labels of {len(flagged)}"
     style = (
         "body{font:14px system-ui,sans-serif;margin:2rem;color:#222}main{display:flex;flex-wrap:wrap;gap:.75rem}"
@@ -367,7 +400,7 @@ def sheet(dataset: Dataset, order, score, flagged, suggestion) -> str:
     )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head><body>'
-        f"<h1>{title}</h1><p>The most suspicious first. Framed in red: flagged, since the mean prediction over training is another class. "
+        f"<h1>{title}</h1><p>The most suspicious first{copied}. Framed in red: flagged, since the mean prediction over training is another class. "
         "The number is the sample's position in its source; audit.csv has all samples and the signals behind the score.</p>"
         f"<main>{''.join(cards)}</main></body></html>\n"
     )
@@ -393,6 +426,11 @@ def preview(dataset: Dataset, i: int) -> str:
 
 def show(report: dict, out: pathlib.Path, console: Console) -> None:
     """The outcome on the terminal."""
+    if report["disputed"]:
+        console.print(
+            f"{report['disputed']} training samples have a copy, the same bit for bit, under another label: not both are right. They come "
+            f"first in audit.csv and sheet.html; {shared.COPIES} has all copies.", highlight=False, soft_wrap=True,
+        )  # fmt: skip
     rate, n = report["noise_rate"], report["data"]["train_size"]
     truth = "" if rate["true"] is None else f" (really {100 * rate['true']:.1f} %)"
     console.print(

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     identity = run_identity(settings, dataset)
     with shared.prepare_out(settings.out, "domains", settings.view, identity) as folder:
         console = Console()
-        shared.print_notes(dataset, console, settings, steps=settings.steps)
+        shared.print_notes(dataset, console, settings, folder.path, steps=settings.steps)
         shared.print_classifiers(settings, methods, console)
         for note in [*missing_classes(dataset), *uneven_domains(dataset, held), *notes]:
             console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)

@@ -117,7 +117,7 @@ def with_nets(
     datasets = [shared.load_view(training, seed) for seed in range(settings.seeds)]
     shared.check_runs(training, datasets[0], methods, shared.channel_stats(training))
     with shared.prepare_out(settings.out, script, settings.view, shared.identity(training, datasets[0])) as folder:
-        shared.print_notes(datasets[0], console, training)
+        shared.print_notes(datasets[0], console, training, folder.path)
         shared.print_classifiers(training, methods, console)
         planned = many.plan(training, datasets, methods, folder.path)
         for one in planned:

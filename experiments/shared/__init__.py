@@ -1,6 +1,7 @@
 """What the scripts share. As `shared.name`: what several of them use."""
 
 from experiments.shared.building import (
+    COPIES,
     Method,
     branch_options,
     channel_stats,
@@ -33,9 +34,10 @@ from experiments.shared.records import (
 from experiments.shared.tested import notes_on_test_sets, print_test_notes
 
 __all__ = [
-    "CONFIGS", "Method", "Settings", "attacked", "attacked_before", "attacks_of", "branch_options", "channel_stats", "check_file",
-    "check_runs", "check_step", "classifiers", "command_line", "digest", "finished_before", "finished_run", "first_flags",
-    "flags_of_recipe", "identity", "load_view", "make_numbers", "make_recipe", "notes_on_test_sets", "options", "parse_methods",
-    "prepare_out", "print_classifiers", "print_notes", "print_test_notes", "raise_diverged", "read_config", "read_results", "record",
-    "refuse", "results_of", "run_place", "slug", "source", "start", "value_of", "versions", "views_of",
+    "CONFIGS", "COPIES", "Method", "Settings", "attacked", "attacked_before", "attacks_of", "branch_options", "channel_stats",
+    "check_file", "check_runs", "check_step", "classifiers", "command_line", "digest", "finished_before", "finished_run",
+    "first_flags", "flags_of_recipe", "identity", "load_view", "make_numbers", "make_recipe", "notes_on_test_sets", "options",
+    "parse_methods", "prepare_out", "print_classifiers", "print_notes", "print_test_notes", "raise_diverged", "read_config",
+    "read_results", "record", "refuse", "results_of", "run_place", "slug", "source", "start", "value_of", "versions",
+    "views_of",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 from rich.console import Console
 
 from experiments.shared.flags import Settings, devices_of
+from experiments.shared.folders import slug
 from perturbjax import spec, taxonomy
 from perturbjax.checks import check_number
-from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load
+from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load, write_copies
+from perturbjax.data.duplicates import has_copies
 from perturbjax.data.text import Tokenizer, read_vectors
 from perturbjax.frozen import check_frozen
 from perturbjax.models import TEXT_NAMES, bert_fields, create, load_bert, load_resnet, resnet_fields, with_vectors
@@ -31,6 +34,9 @@ from perturbjax.training import (
 )
 from perturbjax.training.feed import call_length, streams
 from perturbjax.training.step import as_arrays, compiled_step, pixels
+
+COPIES = "duplicates.csv"
+"""The list of samples that are there several times, in a run's folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +86,32 @@ def asked_of_trainer(structure: tuple, numbers: tuple, registry: Mapping[str, Ca
     return found
 
 
-def load_view(settings: Settings, seed: int, views: tuple[Callable, ...] | None = None) -> Dataset:
-    """The data with the settings' view drawn with this seed (or these views of it), checked."""
+def load_view(
+    settings: Settings, seed: int, views: tuple[Callable, ...] | None = None, *, refuse_duplicates: bool = True
+) -> Dataset:
+    """The data with the settings' view drawn with this seed (or these views of it), checked.
+
+    refuse_duplicates: raise ValueError where the test set is known from training, once all copies are listed in a file.
+    """
     views = views_of(settings.view) if views is None else views
     form = {"text_length": settings.text_length, "vocabulary": settings.vocabulary, "vocabulary_size": settings.vocabulary_size}
+    form |= {"background": settings.background, "skip_damaged": settings.skip_damaged}
     found = source(settings.data, settings.image_size, **form)
-    return check_duplicates(check(apply_views(found, views, seed)))
+    dataset = check(apply_views(found, views, seed))
+    try:
+        return check_duplicates(dataset, refuse=refuse_duplicates)
+    except ValueError as error:
+        out = getattr(settings, "out", None)
+        file = pathlib.Path(out) / COPIES if out else pathlib.Path("runs") / f"duplicates-{slug(dataset.name)}.csv"
+        raise ValueError(f"{error} All copies, with their labels, are listed in {list_copies(dataset, file)}.") from error
+
+
+def list_copies(dataset: Dataset, file: pathlib.Path) -> pathlib.Path:
+    """Writes the list of samples that are there several times, in one of several processes; the file's path."""
+    if jax.process_index() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_copies(file, dataset)
+    return file
 
 
 def views_of(text: str, wanted: Callable[[str], bool] = lambda name: True) -> tuple[Callable, ...]:
@@ -100,16 +126,26 @@ def source(name: str, image_size: int | None = None, **form: Any) -> Dataset:
     return load(name, image_size=image_size, **form)
 
 
-def print_notes(dataset: Dataset, console: Console, settings: Settings, *, steps: int | None = None) -> None:
-    """What the data's reader wants people to know, and batches that change nothing. steps: of a run; None: by --epochs."""
+def print_notes(
+    dataset: Dataset, console: Console, settings: Settings, folder: pathlib.Path, *, steps: int | None = None
+) -> None:
+    """What the data's reader wants people to know, and batches that change nothing. steps: of a run; None: by --epochs.
+
+    Where samples are there several times, they are listed in a file in the run's folder.
+    """
     total = settings.epochs * (len(dataset.train_labels) // settings.batch_size) if steps is None else steps
     unused = total % settings.accumulate
     left = (
         f"The last {unused} of {total} steps change nothing: --accumulate {settings.accumulate} makes one update of every "
         f"{settings.accumulate}.",
     )
-    for note in (*dataset.notes, *(left if unused else ())):
-        console.print(f"note: {note}", soft_wrap=True, highlight=False)
+    copies = (
+        (f"All copies, with their labels, are listed in {list_copies(dataset, folder / COPIES)}.",)
+        if has_copies(dataset)
+        else ()
+    )
+    for note in (*dataset.notes, *copies, *(left if unused else ())):
+        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
 
 
 def classifiers(settings: Settings, methods: dict) -> str | None:
@@ -133,7 +169,7 @@ def print_classifiers(settings: Settings, methods: dict, console: Console) -> No
 @functools.cache
 def channel_stats(settings: Settings) -> tuple | None:
     """Channel means and deviations of the view drawn with seed 0: one normalisation, hence one compiled step, for all seeds."""
-    dataset = load_view(settings, 0)
+    dataset = load_view(settings, 0, refuse_duplicates=False)  # the runs' own data have been checked
     return dataset.channel_stats() if dataset.tokenizer is None else None
 
 
@@ -293,6 +329,8 @@ def check_runs(
 
     stats: as for `make_recipe`; those that the runs will have make the trace theirs.
     """
+    check_number("--epochs", low=1, epochs=settings.epochs)
+    check_number("--batch-size", low=1, batch_size=settings.batch_size)
     check_number("--learning-rate", low=0, open_low=True, high=1e30, learning_rate=settings.learning_rate)
     check_number("--momentum", low=0, high=1, momentum=settings.momentum)
     check_number("--weight-decay", low=0, high=1e30, weight_decay=settings.weight_decay)

@@ -30,6 +30,10 @@ class Settings:
     leave_out(domain), drop_duplicates, validation(share), thin(per_class), shrink(size)."""
     image_size: int | None = None
     """Edge to which the images of a folder are resized and cropped."""
+    background: str = "white"
+    """Colour on which transparent images lie (four channels are RGBA); none: files lose their opacity, arrays keep four channels."""
+    skip_damaged: bool = False
+    """Leave out the images of a folder that can't be decoded, instead of ending with their names."""
     text_length: int | None = None
     """Words of a text that are read; if not given: those of the longest training text, at most 200."""
     vocabulary: str | None = None

@@ -28,11 +28,16 @@ CHOICE = ("methods", "seeds", "over", "cross", "reference")
 """Flags that choose among runs: each run has its own folder, and its method and seed among its settings."""
 
 
+LATER = {"shortcut": "A", "background": "white", "skip_damaged": False}
+"""Flags that folders of earlier versions don't have, and what they stood for there."""
+
+
 def identity(settings: Settings, dataset: Dataset, **more: Any) -> dict[str, Any]:
     """The settings and data that make a run what it is, for its folder; `more` is what the run adds to them."""
     kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in (*RUNTIME, *CHOICE)}
-    if settings.shortcut == "A":  # as in the folders of versions without this flag
-        del kept["shortcut"]
+    for name, without in LATER.items():
+        if kept[name] == without:
+            del kept[name]
     # The data by name, since its path may change; its labels and the choice of samples by their hash.
     found = {"data": dataset.name, "train_size": len(dataset.train_labels), "subset_hash": dataset.subset_hash}
     found |= {"images_hash": images_hash(dataset.train_images), "plugin_hash": [file_hash(path) for path in settings.plugin]}

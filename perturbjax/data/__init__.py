@@ -3,7 +3,8 @@
 from perturbjax.data.augment import Augmentation, augment
 from perturbjax.data.batches import balanced_order, epoch_order, evaluation_batches, replayed_order
 from perturbjax.data.dataset import Dataset, check
-from perturbjax.data.duplicates import check_duplicates
+from perturbjax.data.duplicates import Copies, check_duplicates, find_copies, write_copies
+from perturbjax.data.opacity import on_background
 from perturbjax.data.sources import SOURCES, load
 from perturbjax.data.text import Tokenizer, build_words, pack, read_pieces, read_vectors, unpack
 from perturbjax.data.views import (
@@ -26,6 +27,7 @@ __all__ = [
     "SOURCES",
     "VIEWS",
     "Augmentation",
+    "Copies",
     "Dataset",
     "Seed",
     "Tokenizer",
@@ -39,12 +41,14 @@ __all__ = [
     "drop_duplicates",
     "epoch_order",
     "evaluation_batches",
+    "find_copies",
     "labels",
     "leave_out",
     "load",
     "longtail",
     "longtail_counts",
     "noise",
+    "on_background",
     "pack",
     "read_pieces",
     "read_vectors",
@@ -53,4 +57,5 @@ __all__ = [
     "thin",
     "unpack",
     "validation",
+    "write_copies",
 ]

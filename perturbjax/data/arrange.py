@@ -7,6 +7,7 @@ import numpy as np
 
 from perturbjax.data.dataset import Dataset, as_images, as_labels, name_classes, stratified
 
+NAMES = ("train", "test", "validation")
 TEST_SHARE, SPLIT_SEED = 0.3, 0  # of a source without a test set; fixed, so that everybody tests on the same samples
 
 
@@ -27,8 +28,11 @@ def held_out(labels: np.ndarray, domains: np.ndarray | None) -> np.ndarray:
     return stratified(TEST_SHARE, labels, domains, np.random.default_rng(SPLIT_SEED))
 
 
-def single(name, images, labels, *, domains=None, class_names=(), domain_names=()) -> Dataset:
-    """A single set in two, by class and domain. Checks first, so that errors count positions in the whole source."""
+def single(name, images, labels, *, domains=None, class_names=(), domain_names=(), called=None) -> Dataset:
+    """A single set in two, by class and domain. Checks first, so that errors count positions in the whole source.
+
+    called: what the array is called in its source; its samples are then named by their place there: "images[7]".
+    """
     images = as_images(f"images of {name}", images)
     class_names = name_classes(class_names, np.asarray(labels))
     labels = as_labels(f"labels of {name}", labels, len(images), len(class_names))
@@ -37,6 +41,7 @@ def single(name, images, labels, *, domains=None, class_names=(), domain_names=(
         domains = as_labels(f"domains of {name}", domains, len(images), len(domain_names))
     held = held_out(labels, domains)
     of = lambda values, mask: None if values is None else values[mask]
+    names = None if called is None else np.array([f"{called}[{n}]" for n in range(len(images))], dtype=object)
     return Dataset(
         name=name,
         train_images=images[~held],
@@ -49,6 +54,8 @@ def single(name, images, labels, *, domains=None, class_names=(), domain_names=(
         test_domains=of(domains, held),
         domain_names=domain_names,
         source_size=len(images),
+        train_names=of(names, ~held),
+        test_names=of(names, held),
     )
 
 
@@ -60,6 +67,7 @@ def from_parts(
     class_names: Sequence[str],
     domain_names: Sequence[str] = (),
     notes: Sequence[str] = (),
+    files: np.ndarray | None = None,
 ) -> Dataset:
     """The parts "train", and "test" and "validation" where there are any, read and put together.
 
@@ -69,6 +77,7 @@ def from_parts(
 
     Args:
       read: parts -> the images [N, H, W, channels] of each.
+      files: [K] str, the name of each item, where items are positions in it.
     """
     train, notes = parts["train"], list(notes)
     test, validation = parts.get("test"), parts.get("validation")
@@ -97,4 +106,5 @@ def from_parts(
         validation_labels=None if validation is None else validation.labels,
         notes=tuple(notes),
         source_size=size,
+        **({} if files is None else {f"{key}_names": files[part.items] for key, part in zip(NAMES, chosen)}),
     )

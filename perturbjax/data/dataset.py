@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from perturbjax.data.agreement import check_ranges, renewed, untested
 from perturbjax.data.text import Tokenizer
 
+PARTS = ("train_images", "test_images", "validation_images")
 BLOCK, BLOCK_VALUES = 1024, 2**22  # images, and pixel values, worked on at a time: nothing needs a copy of a large set
 
 
@@ -46,6 +48,9 @@ class Dataset:
     train_texts: np.ndarray | None = None  # [N] str (dtype object), as in the source, whole
     test_texts: np.ndarray | None = None  # [M] str
     validation_texts: np.ndarray | None = None  # [V] str
+    train_names: np.ndarray | None = None  # [N] str (dtype object), where each sample is found: "cat/1.png" in a folder
+    test_names: np.ndarray | None = None  # [M] str
+    validation_names: np.ndarray | None = None  # [V] str
 
     def __post_init__(self):
         if self.true_labels is None:
@@ -123,6 +128,10 @@ def check(dataset: Dataset) -> Dataset:
     """
     d, of = dataset, f" of {dataset.name}"
     as_inputs = as_images if d.tokenizer is None else functools.partial(as_tokens, size=len(d.tokenizer.words))
+    notes = d.notes
+    if d.tokenizer is None:
+        parts = {key: x for key in PARTS if (x := getattr(d, key)) is not None}
+        notes = renewed(notes, f"{d.name}: value ranges differ", check_ranges(d.name, parts))
     train_images = as_inputs("train_images" + of, d.train_images)
     test_images = as_inputs("test_images" + of, d.test_images)
     same_images("test_images" + of, test_images, train_images)
@@ -159,12 +168,23 @@ def check(dataset: Dataset) -> Dataset:
             raise ValueError(
                 f"check needs {part}_texts{of} for each of the {count} rows of tokens, got {len(texts)}. Give both of the same samples."
             )
+    for key, labelled in (("train", d.train_labels), ("test", d.test_labels), ("validation", d.validation_labels)):
+        files = getattr(d, key + "_names")
+        if files is not None and (labelled is None or len(files) != len(labelled)):
+            raise ValueError(
+                f"check needs {key}_names{of}, one for each of the {0 if labelled is None else len(labelled)} samples, got {len(files)}. "
+                "Give both of the same samples, or leave the names out."
+            )
     given = [np.asarray(v) for v in (d.train_domains, d.test_domains) if v is not None]
     if given:
         extra["domain_names"] = domains = name_classes(d.domain_names, *given)
         for key, length in (("train_domains", len(train_images)), ("test_domains", len(test_images))):
             if getattr(d, key) is not None:
                 extra[key] = as_labels(key + of, getattr(d, key), length, len(domains))
+    if d.tokenizer is None:
+        notes = renewed(notes, f"{d.name}: the images have 4 channels", four_channels(d.name, train_images))
+    test_labels = labels("test_labels", d.test_labels, len(test_images))
+    notes = renewed(notes, f"{d.name}: not tested", untested(d.name, test_labels, counts, names, d.kind))
     train_index = np.asarray(d.train_index)
     if train_index.shape != train_labels.shape or not np.issubdtype(train_index.dtype, np.integer):
         raise ValueError(
@@ -182,10 +202,11 @@ def check(dataset: Dataset) -> Dataset:
         train_images=train_images,
         train_labels=train_labels,
         test_images=test_images,
-        test_labels=labels("test_labels", d.test_labels, len(test_images)),
+        test_labels=test_labels,
         class_names=names,
         true_labels=labels("true_labels", d.true_labels, len(train_images)),
         train_index=train_index.astype(np.int32),
+        notes=notes,
         **extra,
     )
 
@@ -210,11 +231,12 @@ def as_images(what: str, images: np.ndarray) -> np.ndarray:
         )
     if len(images) == 0:
         raise ValueError(f"check needs {what} with at least one image, got none. Split some off, or give the whole set.")
-    channels_first = images.shape[1] in (1, 3) and images.shape[2] == images.shape[3] > 4
-    if channels_first:  # or else 32x32 colour would silently be read as 3x32 in 32 colours
+    _, rows, columns, last = images.shape
+    # or else 32x32 colour would silently be read as 3x32 in 32 colours
+    if rows <= 4 < min(columns, last) or rows < columns == last > 4:
         raise ValueError(
             f"check needs {what} with channels last, got shape {list(images.shape)}, which has them first. "
-            "Write images.transpose(0, 2, 3, 1)."
+            f"Write images.transpose(0, 2, 3, 1); if these are {rows}x{columns} pixels of {last} channels, images.transpose(0, 2, 1, 3)."
         )
     if images.dtype == np.uint8:
         return images
@@ -238,6 +260,16 @@ def as_images(what: str, images: np.ndarray) -> np.ndarray:
             fix = f"Write images / {high:g}."
         raise ValueError(f"check needs float {what} in [0, 1], got {low:g} to {high:g}. {fix}")
     return images.astype(np.float32, copy=False)
+
+
+def four_channels(name: str, images: np.ndarray) -> str | None:
+    """What to say of images [N, H, W, 4]: whether the fourth is opacity or a measurement, nobody but their owner knows."""
+    if images.shape[-1] != 4:
+        return None
+    return (
+        f"{name}: the images have 4 channels, and all of them are trained on. If the fourth is opacity (RGBA), write "
+        "perturbjax.data.on_background(images, 'white') for each part."
+    )
 
 
 def as_tokens(what: str, tokens: np.ndarray, *, size: int) -> np.ndarray:
@@ -318,7 +350,7 @@ def in_blocks(images: np.ndarray) -> Iterator[slice]:
 
 def take(dataset: Dataset, positions: np.ndarray) -> Dataset:
     """The data set with only these training samples, in this order. positions: [K] integers in 0..N-1."""
-    keys = ("train_images", "train_labels", "true_labels", "train_index", "train_domains", "train_texts")
+    keys = ("train_images", "train_labels", "true_labels", "train_index", "train_domains", "train_texts", "train_names")
     values = {key: getattr(dataset, key) for key in keys}
     return dataclasses.replace(dataset, **{k: v[positions] for k, v in values.items() if v is not None})
 

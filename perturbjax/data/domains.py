@@ -38,6 +38,7 @@ def pooled(dataset: Dataset) -> Dataset:
         train_index=np.arange(len(labels), dtype=np.int32), source_size=len(labels), train_domains=numbers.astype(np.int32).reshape(-1),
         test_domains=np.searchsorted(present, d.test_domains).astype(np.int32), domain_names=names,
         train_texts=None if d.train_texts is None else join(d.train_texts, d.test_texts),
+        train_names=None if d.train_names is None else join(d.train_names, d.test_names),
     )  # fmt: skip
 
 

@@ -1,57 +1,113 @@
 """A folder of images: FOLDER/class/image, FOLDER/domain/class/image, or FOLDER/train, test, validation with class/image in each."""
 
+import collections
+import dataclasses
 import functools
 import os
 import pathlib
+import unicodedata
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from perturbjax.data.arrange import Part, from_parts
 from perturbjax.data.dataset import Dataset, check
-from perturbjax.data.images import file_key, in_threads, resize, stack
+from perturbjax.data.decode import Damaged, Form, Wider, decode
+from perturbjax.data.images import file_key, in_threads, is_large, keep, kept, stack
 
 IMAGES = frozenset(".png .jpg .jpeg .jfif .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .pnm".split())
 BESIDE = frozenset(".txt .md .csv .tsv .json .xml .html .yaml .yml .ini .db .log".split())  # often lie beside images
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "validation")
-GREY = ("1", "L", "LA", "La")  # Pillow's modes
+DAMAGED = "-damaged"  # ends the name of the list of damaged files
 LAYOUTS = "FOLDER/class/image, FOLDER/domain/class/image, or FOLDER/train/class/image and FOLDER/test/class/image"
 
 
-class _Colour(Exception):
-    """A colour image among grey ones."""
+class DamagedFiles(ValueError):
+    """Files of a folder that can't be decoded; `files` are the names on their paths."""
+
+    def __init__(self, message: str, files: set[tuple[str, ...]]):
+        super().__init__(message)
+        self.files = files
 
 
-def read(folder: pathlib.Path, image_size: int | None) -> Dataset:
-    """The images below a folder. See `load` for the layouts."""
-    name = folder.resolve().name
+def read(
+    folder: pathlib.Path, image_size: int | None = None, *, background: str = "white", skip_damaged: bool = False
+) -> Dataset:
+    """The images below a folder. See `load` for the layouts and settings."""
+    name, form = folder.resolve().name, Form(image_size, background)
     files, ignored = _walk(folder, ())
-    deep = _depth(folder, files) == 3
-    tops = in_order({file[0] for file in files}) if deep else ()
+    notes = [f"{name}: {listed(ignored)} ignored."] if ignored else []
+    notes += [f"{name}: {one}" for one in _spellings(files)]
+    found = _Found(folder, files, _depth(folder, files) == 3)
+    try:
+        return _dataset(found, form, notes)
+    except DamagedFiles as damaged:
+        if not skip_damaged or len(damaged.files) == len(files):
+            raise
+        left = sorted("/".join(file) for file in damaged.files)
+        notes.append(f"{name}: {listed(left, 10)} left out, which can't be decoded.")
+        return _dataset(found, form, notes, damaged.files)
+
+
+class _Found(NamedTuple):
+    """What lies in a folder, readable or not: it says which classes there are."""
+
+    folder: pathlib.Path
+    files: list[tuple[str, ...]]
+    deep: bool  # a domain or split above the classes
+
+
+def _dataset(found: _Found, form: Form, notes: list[str], without: Collection[tuple[str, ...]] = ()) -> Dataset:
+    """The set of these files, but for some."""
+    folder, name = found.folder, found.folder.resolve().name
+    top_of, class_of = (lambda file: _name(file[0])), (lambda file: _name(file[-2]))
+    tops = in_order({top_of(file) for file in found.files}) if found.deep else ()
     splits = {top: SPLITS[top.lower()] for top in tops if top.lower() in SPLITS}
     if splits:
         _check_splits(folder, tops, splits)
-    class_names = in_order({file[-2] for file in files})
+    class_names = in_order({class_of(file) for file in found.files})
     label_of, domain_of = ({name: n for n, name in enumerate(names)} for names in (class_names, tops))
-    files.sort(key=lambda file: (domain_of.get(file[0], 0), label_of[file[-2]], file[-1]))
-    labels = np.array([label_of[file[-2]] for file in files], np.int32)
+    files = [file for file in found.files if file not in without]
+    files.sort(key=lambda file: (domain_of.get(top_of(file), 0), label_of[class_of(file)], file[-1]))
+    labels = np.array([label_of[class_of(file)] for file in files], np.int32)
     items = np.arange(len(files))
     if splits:
-        split = np.array([splits[file[0]] for file in files])
+        split = np.array([splits[top_of(file)] for file in files])
         parts = {part: Part(items, labels).take(split == part) for part in splits.values()}
         _check_classes(folder, parts, class_names)
     else:
-        parts = {"train": Part(items, labels, np.array([domain_of[file[0]] for file in files], np.int32) if deep else None)}
+        domains = np.array([domain_of[top_of(file)] for file in files], np.int32) if found.deep else None
+        parts = {"train": Part(items, labels, domains)}
+    told = list[str]()
 
     def pixels(chosen: list[Part]) -> list[np.ndarray]:
         order = np.concatenate([part.items for part in chosen])
-        images = _read([folder.joinpath(*files[n]) for n in order], folder, image_size)
+        images, traits = _read([files[n] for n in order], folder, form)
+        told.extend(f"{name}: {one}" for one in _sentences(traits, form))
         return np.split(images, np.cumsum([len(part.items) for part in chosen])[:-1])  # views, of a map too
 
-    notes = [f"{name}: {listed(ignored)} ignored."] if ignored else []
     domain_names = () if splits else tops
-    return check(from_parts(name, parts, pixels, class_names=class_names, domain_names=domain_names, notes=notes))
+    paths = np.array(["/".join(file) for file in files], dtype=object)
+    made = from_parts(name, parts, pixels, class_names=class_names, domain_names=domain_names, notes=notes, files=paths)
+    return check(dataclasses.replace(made, notes=(*made.notes, *told)))
+
+
+def _name(folder: str) -> str:
+    """The name of a folder in one spelling (NFC): macOS writes é as two characters where others write one."""
+    return unicodedata.normalize("NFC", folder)
+
+
+def _spellings(files: list[tuple[str, ...]]) -> list[str]:
+    """A sentence for every name that folders have in several spellings, which look the same."""
+    written = collections.defaultdict[str, set[str]](set)
+    for folder in {part for file in files for part in file[:-1]}:
+        written[_name(folder)].add(folder)
+    several = sorted(name for name, found in written.items() if len(found) > 1)
+    return [
+        f"the folders named {name!r} are spelt in {len(written[name])} ways in Unicode, and taken as one." for name in several
+    ]
 
 
 def _walk(folder: pathlib.Path, above: tuple[str, ...]) -> tuple[list[tuple[str, ...]], list[str]]:
@@ -132,52 +188,67 @@ def in_order(names: set[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def listed(names: list[str]) -> str:
+def listed(names: list[str], most: int = 3) -> str:
     """How many files, and the first of them."""
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
     return f"{len(names)} file{'s' * (len(names) > 1)} ({shown})"
 
 
-def _read(paths: list[pathlib.Path], folder: pathlib.Path, image_size: int | None) -> np.ndarray:
-    """[N, H, W, channels] uint8, one channel if all images are grey."""
-    names = lambda n: repr(paths[n].relative_to(folder).as_posix())
-    stacked = lambda grey: stack(
-        in_threads(functools.partial(_decode, grey=grey, image_size=image_size), paths),
-        len(paths),
-        key=lambda: file_key(folder, paths, image_size),
-        describe=names,
-    )
-    try:
-        return stacked(grey=True)
-    except _Colour:
-        return stacked(grey=False)
+def _read(files: list[tuple[str, ...]], folder: pathlib.Path, form: Form) -> tuple[np.ndarray, dict[str, list[str]]]:
+    """[N, H, W, channels] in the narrowest form that holds all images, grey and uint8 first; and the files by their traits."""
+    while True:
+        try:
+            return _stacked(files, folder, form)
+        except Wider as needed:
+            form = needed.form
 
 
-def _decode(path: pathlib.Path, *, grey: bool, image_size: int | None) -> np.ndarray:
-    """[H, W, 1] or [H, W, 3] uint8, upright; the first frame of several, without the alpha channel."""
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            out = None if mode[0] in "IF" or (grey and mode not in GREY) else _pixels(image, grey, image_size)
-    except Exception as error:  # a damaged file: Pillow's decoders raise whatever they stumble over
-        raise ValueError(
-            f"load needs whole images, got {str(path)!r}, which can't be decoded ({type(error).__name__}: {error}). "
-            "Replace or remove that file."
-        ) from error
-    if out is not None:
-        return out
-    if mode[0] in "IF":
-        raise ValueError(
-            f"load needs 8-bit images, got {str(path)!r} of Pillow's mode {mode}, with more bits a pixel. "
-            "Scale its values to 0..255 and save it again, as mode L."
-        )
-    raise _Colour
+def _stacked(files: list[tuple[str, ...]], folder: pathlib.Path, form: Form) -> tuple[np.ndarray, dict[str, list[str]]]:
+    """The same in this form; Wider if there is none in it. What reading has found of a large set is kept beside its pixels."""
+    paths, traits, damaged = [folder.joinpath(*file) for file in files], dict[str, list[str]](), dict[str, str]()
+    key = functools.cache(lambda: file_key(folder, paths, form.image_size, form.background))
+
+    def images() -> Iterator[np.ndarray]:
+        large: bool | None = None
+        for n, found in enumerate(in_threads(functools.partial(decode, form=form), paths)):
+            if isinstance(found, Damaged):
+                damaged["/".join(files[n])] = found.reason
+                continue
+            for trait in found.traits:
+                traits.setdefault(trait, []).append("/".join(files[n]))
+            if large is None:
+                large = is_large(len(paths) * found.pixels.nbytes)
+                if large and (known := kept(key() + DAMAGED)):
+                    raise _damaged(folder, known, len(files))
+            if not damaged:  # or else only to find the others
+                yield found.pixels
+        if large and (damaged or traits):
+            keep(key() + DAMAGED * bool(damaged), damaged or traits)
+        if damaged:
+            raise _damaged(folder, damaged, len(files))
+
+    stacked = stack(images(), len(paths), key=key, describe=lambda n: repr("/".join(files[n])))
+    return stacked, (kept(key()) or {}) if isinstance(stacked, np.memmap) else traits  # of a map that was there few were read
 
 
-def _pixels(image: Image.Image, grey: bool, image_size: int | None) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
-    if "transparency" in image.info and image.mode == "P":
-        image = image.convert("RGBA")  # or else Pillow warns
-    image = image.convert("L" if grey else "RGB")
-    pixels = np.asarray(image if image_size is None else resize(image, image_size))
-    return pixels.reshape(*pixels.shape[:2], -1)
+def _damaged(folder: pathlib.Path, damaged: dict[str, str], total: int) -> DamagedFiles:
+    """The error. damaged: {file: why}."""
+    [(first, reason), *others] = listing = sorted(damaged.items())
+    told = f"{str(folder / first)!r}, which can't be decoded ({reason}). Replace or remove that file"
+    if others:
+        shown = "; ".join(f"{file!r} ({why})" for file, why in listing[:10])
+        more = f"; and {len(damaged) - 10} more" if len(damaged) > 10 else ""
+        told = f"{len(damaged)} of {total} in {str(folder)!r} that can't be decoded: {shown}{more}. Replace or remove them"
+    leave = f"leave {'them' if others else 'it'} out: --skip-damaged (load(..., skip_damaged=True))"
+    return DamagedFiles(f"load needs whole images, got {told}, or {leave}.", {tuple(file.split("/")) for file in damaged})
+
+
+def _sentences(traits: dict[str, list[str]], form: Form) -> list[str]:
+    """What to say of images with these traits."""
+    found = {name: listed(sorted(files)) for name, files in sorted(traits.items())}
+    told = {
+        "transparent": "{} with transparent pixels, laid on " + form.background + " (--background for another colour).",
+        "deep": "{} of 16 bits a pixel: 0..65535 are scaled to [0, 1], and all images are float32.",
+        "cut": "{} of 16 bits a channel, in colour or with opacity, of which the upper 8 are read.",
+    }
+    return [told[name].format(files) for name, files in found.items()]

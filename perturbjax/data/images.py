@@ -3,16 +3,19 @@
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 LIMIT = 4 * 2**30  # bytes of an array in memory; a larger one is written to a file and mapped
+Made = TypeVar("Made")
 BLOCK = 256  # images decoded ahead of the one that is written
 
 
@@ -32,7 +35,7 @@ def resize(image: Image.Image, size: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
 
 
-def in_threads(decode: Callable, items: Iterable) -> Iterator[np.ndarray]:
+def in_threads(decode: Callable[[Any], Made], items: Iterable) -> Iterator[Made]:
     """decode(item) of each item, in order; decoders free the interpreter lock, so threads are enough."""
     items = iter(items)
     with ThreadPoolExecutor() as pool:
@@ -50,7 +53,7 @@ def stack(images: Iterator[np.ndarray], count: int, *, key: Callable[[], str], d
     """
     first = next(images)
     nbytes = count * first.nbytes
-    file = data_folder() / f"{key()}.npy" if nbytes > LIMIT else None
+    file = data_folder() / f"{key()}.npy" if is_large(nbytes) else None
     if file is not None and (kept := _mapped(file)) is not None:
         return kept
     same = _of_one_size(itertools.chain([first], images), first, describe)
@@ -82,13 +85,36 @@ def stack(images: Iterator[np.ndarray], count: int, *, key: Callable[[], str], d
 
 def file_key(folder: pathlib.Path, files: Iterable[pathlib.Path], *settings: object) -> str:
     """A name that changes with the folder, the order, names, sizes and times of its files, and the settings."""
-    digest = hashlib.sha256(repr((1, str(folder.resolve()), settings)).encode())  # 1: the form of what is kept
+    digest = hashlib.sha256(repr((2, str(folder.resolve()), settings)).encode())  # 2: the form of what is kept
     for file in files:
         stat = file.stat()
         digest.update(
             f"{file.relative_to(folder).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="surrogateescape")
         )
     return f"{folder.resolve().name}-{digest.hexdigest()[:16]}"
+
+
+def is_large(nbytes: int) -> bool:
+    """Whether an array of that size is mapped from a file instead of held in memory."""
+    return nbytes > LIMIT
+
+
+def keep(key: str, found: Any) -> None:
+    """Writes what reading a large set has found (JSON) beside its images, for those who will map them without reading."""
+    file = data_folder() / f"{key}.json"
+    with contextlib.suppress(OSError):  # found again next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(found))
+        os.replace(part, file)
+
+
+def kept(key: str) -> Any:
+    """What `keep` wrote; None if there is nothing."""
+    try:
+        return json.loads((data_folder() / f"{key}.json").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def check_image_size(image_size: int | None) -> None:

@@ -64,7 +64,7 @@ def read(path: pathlib.Path, form: text_files.TextForm = text_files.TextForm()) 
     if not form.default:
         raise ValueError(f"load needs texts for text_length and vocabulary, got images in {str(path)!r}. Leave these out.")
     if family == SINGLE:
-        return check(single(path.stem, **values))
+        return check(single(path.stem, **values, called="images"))
     labels, domains = (values.pop(key, None) for key in WHOLE)
     values = _left_out(labels, domains, values) | values
     return check(Dataset(path.stem, *(values.pop(key) for key in family), **values))

@@ -12,6 +12,7 @@ from perturbjax.data import cifar, folder, npz, text_files, tfds
 from perturbjax.data.arrange import single
 from perturbjax.data.dataset import Dataset, check
 from perturbjax.data.images import check_image_size
+from perturbjax.data.opacity import UNTOUCHED, colour, laid
 from perturbjax.data.text import Tokenizer
 
 
@@ -19,6 +20,8 @@ def load(
     name: str | os.PathLike,
     *,
     image_size: int | None = None,
+    background: str = "white",
+    skip_damaged: bool = False,
     text_length: int | None = None,
     vocabulary: str | os.PathLike | Tokenizer | None = None,
     vocabulary_size: int | None = None,
@@ -37,7 +40,8 @@ def load(
         - A folder of images: FOLDER/class/image, FOLDER/domain/class/image, or FOLDER/train/class/image with test and
           val (or validation) beside train. Classes and domains are numbered in the order of their names (whole numbers
           by value, others by their characters), and train_index counts images by domain, class and file name. RGB, or
-          grey if all images are; alpha channels are dropped, EXIF orientation is followed, the first frame is read.
+          grey if all images are; float32 in [0, 1] if there are grey ones of 16 bits. EXIF orientation is followed, the first
+          frame is read. Names of classes and domains are taken in one spelling (NFC).
         - "cifar10" or "cifar100" (fine labels): the authors' binary archive, cifar-10-binary.tar.gz or
           cifar-100-binary.tar.gz, or the folder extracted from it, in the current folder, in $PERTURBJAX_DATA or in
           ~/.cache/perturbjax/data. Or the path of that archive or folder.
@@ -50,6 +54,10 @@ def load(
           strings or as UTF-8 bytes beside ..._offsets. Labels in files are class names, numbered in their order.
       image_size: of folders and tfds sets: images are resized so that their shorter side has this many pixels, and the
         square in the middle is kept. None: they must all have one size.
+      background: the colour on which transparent images lie (a name or "#rrggbb"), a note tells of how many: of files, and of
+        arrays with four channels, which are taken as RGBA. "none": files lose their alpha channel, whatever colours it hid;
+        arrays keep four channels.
+      skip_damaged: of folders: images that can't be decoded are left out, and a note names them. False: they are an error.
       text_length: of texts: words that are read of each. None: as many as the longest training text has, but at most 200.
       vocabulary: of texts: a BERT's vocab.txt, whose word pieces the texts are cut into; or the `tokenizer` of another Dataset.
         None: what stands between white space in the training texts, in lower case.
@@ -69,8 +77,12 @@ def load(
     """
     text = os.fspath(name)
     check_image_size(image_size)
+    if background != UNTOUCHED:
+        colour(background)
     form = text_files.TextForm(text_length, vocabulary, vocabulary_size, min_count)
     path = pathlib.Path(text).expanduser()
+    if skip_damaged and not _of_image_files(text, path):
+        raise ValueError(f"load needs a folder of images for skip_damaged, got {text!r}. Leave skip_damaged out.")
     if text not in SOURCES and (path.is_file() and text_files.is_table(path) or path.is_dir() and text_files.is_folder(path)):
         if image_size is not None:
             raise ValueError(f"load needs images for image_size, got texts in {text!r}. Leave image_size out.")
@@ -80,11 +92,12 @@ def load(
     if path.suffix != ".npz" and not form.default:
         raise ValueError(f"load needs texts for text_length and vocabulary, got {text!r}. Leave these out.")
     if text.startswith(tfds.PREFIX):
-        return tfds.read(text, image_size)
+        return laid(tfds.read(text, image_size), background)
     kind = None if text in SOURCES or path.suffix == ".npz" else cifar.layout_of(path)
     if path.is_dir() and not kind and text not in SOURCES:
-        prepared = (path / "dataset_info.json").is_file()
-        return tfds.read(f"{tfds.PREFIX}{path.absolute()}", image_size) if prepared else folder.read(path, image_size)
+        if (path / tfds.INFO).is_file():
+            return laid(tfds.read(f"{tfds.PREFIX}{path.absolute()}", image_size), background)
+        return folder.read(path, image_size, background=background, skip_damaged=skip_damaged)
     if image_size is not None and (path.exists() or text in SOURCES):
         raise ValueError(
             f"load needs a folder of images or a tfds set for image_size, got {text!r}. Leave image_size out: the view "
@@ -98,7 +111,7 @@ def load(
         if not path.is_file():
             hint = _nearest(path) or 'Check the path, or write load("digits").'
             raise FileNotFoundError(f"load needs a file, got {str(path)!r}, where there is none. {hint}")
-        return npz.read(path, form)
+        return laid(npz.read(path, form), background)
     hint = (
         _nearest(path)
         or 'Write load("digits"), load("folder/file.npz") or load("folder") for a folder of images, load("texts.csv") for texts.'
@@ -107,6 +120,13 @@ def load(
         f"load needs {', '.join(map(repr, SOURCES))}, 'tfds:NAME' or the path of an .npz file, a folder of images or a CIFAR "
         f"archive, got {text!r}. {hint}"
     )
+
+
+def _of_image_files(text: str, path: pathlib.Path) -> bool:
+    """Whether this is a folder of images, or nothing at all, which has an error of its own."""
+    if text in SOURCES or text.startswith(tfds.PREFIX) or not path.is_dir():
+        return not (text in SOURCES or text.startswith(tfds.PREFIX) or path.exists())
+    return not (text_files.is_folder(path) or (path / tfds.INFO).is_file() or cifar.layout_of(path))
 
 
 def _digits() -> Dataset:

@@ -15,6 +15,7 @@ from perturbjax.data.dataset import Dataset, check
 from perturbjax.data.images import file_key, in_threads, resize, stack
 
 PREFIX = "tfds:"
+INFO = "dataset_info.json"  # which every prepared set has
 SPLITS = ("train", "test", "validation")
 
 

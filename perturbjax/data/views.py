@@ -21,7 +21,7 @@ import numpy as np
 
 from perturbjax.checks import nearest
 from perturbjax.data.dataset import Dataset, draw, in_blocks, stratified, take
-from perturbjax.data.duplicates import repeated
+from perturbjax.data.duplicates import find_copies
 from perturbjax.data.label_file import as_numbers, read_labels
 
 Seed = int | Sequence[int]
@@ -191,8 +191,9 @@ def validation(fraction: float) -> View:
         out = take(dataset, np.flatnonzero(held))
         rest = take(dataset, np.flatnonzero(~held))
         return dataclasses.replace(
-            rest, validation_images=out.train_images, validation_labels=out.train_labels, validation_texts=out.train_texts
-        )
+            rest, validation_images=out.train_images, validation_labels=out.train_labels, validation_texts=out.train_texts,
+            validation_names=out.train_names,
+        )  # fmt: skip
 
     return _view("validation", transform, fraction=fraction)
 
@@ -327,7 +328,7 @@ def leave_out(domain: str | int) -> View:
                 f"{train_out.sum() + test_out.sum()} in it and {(~train_out).sum()} in others. Name another domain."
             )
         join = lambda train, test: np.concatenate([train[train_out], test[test_out]])
-        rest = (dataset.test_images, dataset.test_labels, dataset.test_texts)
+        rest = (dataset.test_images, dataset.test_labels, dataset.test_texts, dataset.test_names)
         validation = [None if values is None or test_out.all() else values[~test_out] for values in rest]
         return dataclasses.replace(
             take(dataset, np.flatnonzero(~train_out)),
@@ -337,7 +338,9 @@ def leave_out(domain: str | int) -> View:
             validation_images=validation[0],
             validation_labels=validation[1],
             validation_texts=validation[2],
+            validation_names=validation[3],
             test_texts=None if dataset.test_texts is None else join(dataset.train_texts, dataset.test_texts),
+            test_names=None if dataset.test_names is None else join(dataset.train_names, dataset.test_names),
         )
 
     return _view("leave_out", transform, seeded=False, domain=domain)
@@ -364,26 +367,56 @@ def _domain(dataset: Dataset, domain: str | int) -> int:
     raise ValueError(f"leave_out needs a domain of {dataset.name}, got {domain!r}. {nearest(str(domain), names)}")
 
 
-def drop_duplicates() -> View:
+def drop_duplicates(within: bool = False) -> View:
     """Drops training samples whose image is in the test or the validation set, bit for bit. Put it first: see
-    `check_duplicates`. Images that are only repeated within the training set stay."""
+    `check_duplicates`. Of a class that would have no training sample left, the copies in the test and validation set go instead.
+
+    Args:
+      within: of images that are repeated within the training set, drop all but the first one of each label, too. False: they stay.
+
+    Raises:
+      ValueError: when applied, if that leaves no test sample.
+    """
 
     def transform(dataset, rng):
         del rng  # nothing is drawn
-        known = repeated(dataset)
-        empty = np.bincount(dataset.train_labels[~known], minlength=dataset.num_classes) == 0
-        if empty.any():
-            c = int(np.argmax(empty))
+        copies = find_copies(dataset)
+        first, held = copies.first[copies.of("train")], copies.first[copies.of("train").stop :]
+        labels, known = dataset.train_labels, np.isin(first, held)
+        left = lambda gone: np.bincount(labels[~gone], minlength=dataset.num_classes)
+        alone = left(known) == 0
+        gone = known & ~alone[labels]
+        out = np.isin(held, first[known & alone[labels]])
+        of_test = len(dataset.test_labels)
+        if out[:of_test].all():
+            c = int(np.argmax(alone))
             raise ValueError(
                 f"drop_duplicates needs to leave every class a training sample, got {known.sum()} duplicates among "
                 f"{len(known)}, without which class {c} ({dataset.class_names[c]!r}) has none. Give another test set: "
                 "np.savez(path, images=..., labels=...) lets load split one off."
             )
-        note = f"{dataset.name}: {known.sum()} training {dataset.kind} that are in the test or validation set were dropped."
-        kept = take(dataset, np.flatnonzero(~known)) if known.any() else dataset
-        return dataclasses.replace(kept, notes=(*kept.notes, note))
+        note = f"{gone.sum()} training {dataset.kind} that are in the test or validation set were dropped."
+        if out.any():
+            names = ", ".join(repr(dataset.class_names[c]) for c in np.flatnonzero(alone))
+            note += f" {out.sum()} there were, instead, that are the only training {dataset.kind} of {names}."
+        if within:
+            again = np.ones(len(labels), bool)
+            again[np.unique(np.stack([first, labels]), axis=1, return_index=True)[1]] = False
+            note += f" {(again & ~gone).sum()} copies within the training set were dropped."
+            gone |= again
+        kept = take(dataset, np.flatnonzero(~gone)) if gone.any() else dataset
+        for part, lost in (("test", out[:of_test]), ("validation", out[of_test:])):
+            kept = _without(kept, part, lost) if lost.any() else kept
+        return dataclasses.replace(kept, notes=(*kept.notes, f"{dataset.name}: {note}"))
 
-    return _view("drop_duplicates", transform, seeded=False)
+    return _view("drop_duplicates", transform, seeded=False, **({"within": True} if within else {}))
+
+
+def _without(dataset: Dataset, part: str, lost: np.ndarray) -> Dataset:
+    """The data set without these samples of its test or validation set. lost: bool, one for each."""
+    fields = {f"{part}_{what}" for what in ("images", "labels", "domains", "texts", "names")}
+    values = {key: value for key in fields if (value := getattr(dataset, key, None)) is not None}
+    return dataclasses.replace(dataset, **{key: None if lost.all() else value[~lost] for key, value in values.items()})
 
 
 VIEWS: dict[str, Callable[..., View]] = {

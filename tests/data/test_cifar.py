@@ -26,7 +26,7 @@ def tiny(request, tmp_path, monkeypatch):
     """name, folder, archive, images and labels [train, test] of a set with few records in each file."""
     name, classes = request.param, len(NAMES[request.param])
     layout = cifar.CIFAR[name]
-    count = 4 if name == "cifar10" else 100
+    count = classes  # of every class one in each file
     layout = layout._replace(records=dict.fromkeys(layout.records, count))
     folder = tmp_path / "made" / layout.folder
     folder.mkdir(parents=True)

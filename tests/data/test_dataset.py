@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbjax.data import Dataset, check, dataset
+from perturbjax.data import Dataset, agreement, check, dataset
+from perturbjax.data.agreement import check_ranges
 from perturbjax.data.dataset import draw, stratified
 
 
@@ -113,6 +114,70 @@ def test_subset_hash_names_samples_labels_and_test_labels():
     assert d.subset_hash == "eb612deaf062"  # the same on every machine and version
 
 
+def test_parts_of_different_ranges_are_told_once_with_both_ranges():
+    for dtype, scale in ((np.float64, 255), (np.float32, 16)):  # divided once more
+        train, test = (TRAIN / 255).astype(dtype), (TEST / 255 / scale).astype(dtype)
+        d = check(small(train_images=train, test_images=test, notes=("before",)))
+        [note] = d.notes[1:]
+        assert d.notes[0] == "before" and note.startswith(
+            "small: value ranges differ: train_images 0 to 1, test_images 0 to 0."
+        )
+        assert check(d).notes == d.notes
+        assert check(dataclasses.replace(d, test_images=d.train_images[:6])).notes == ("before",)
+    black = check(small(test_images=np.zeros([6, 4, 4, 3], np.uint8)))
+    assert black.notes[0].startswith("small: value ranges differ: train_images 0 to 255, test_images 0 to 0.")
+    held = dict(validation_images=TEST // 16, validation_labels=np.zeros(6, int))
+    assert "test_images 0 to 254, validation_images 0 to 15." in check(small(**held)).notes[0]
+    for same in (
+        {},
+        {"train_images": TRAIN // 2, "test_images": TEST},
+        {"train_images": TRAIN // 128, "test_images": TEST // 128},
+    ):
+        assert check(small(**same)).notes == ()
+
+
+def test_a_range_is_that_of_images_at_equal_distances_of_a_large_set(monkeypatch):
+    images = np.zeros([10, 2, 2], np.uint8)
+    images[::3] = 200
+    monkeypatch.setattr(agreement, "SAMPLED", 4)
+    assert check_ranges("x", {"train_images": images, "test_images": images[::3]}) is None
+    assert "train_images 0 to 0, test_images 200 to 201" in check_ranges(
+        "x", {"train_images": images[1:3], "test_images": images[::3] + np.arange(4, dtype=np.uint8)[:, None, None] // 3}
+    )
+
+
+def test_a_class_without_a_test_sample_is_named_once():
+    labels = np.array([0, 1, 2, 0, 1, 1] * 2)
+    d = check(small(train_labels=labels, test_labels=np.zeros(6, int), class_names=("cat", "dog", "hen")))
+    [note] = d.notes
+    assert note.startswith(
+        "small: not tested, since there are no test images of them: 2 of 3 classes: 'dog' (6 in training), 'hen' (2 "
+    )
+    assert check(d).notes == d.notes
+    fewer = check(dataclasses.replace(d, test_labels=np.array([0, 1, 0, 0, 0, 0])))
+    assert (
+        "1 of 3 classes: 'hen' (2 in training). No number says how well they are learnt. Add some" in fewer.notes[0]
+        and len(fewer.notes) == 1
+    )
+    many = check(Dataset("x", np.zeros([30, 2, 2], np.uint8), np.arange(30), np.zeros([1, 2, 2], np.uint8), np.zeros(1, int)))
+    assert (
+        "29 of 30 classes: '1' (1 in training)" in many.notes[0]
+        and "'10' (1 in training) and 19 more." in many.notes[0]
+        and "single" in many.notes[0]
+    )
+
+
+def test_four_channels_are_told_until_they_are_three():
+    images = np.random.default_rng(0).integers(0, 256, [12, 6, 6, 4], dtype=np.uint8)
+    d = check(small(train_images=images, test_images=images[:6]))
+    assert d.image_shape == (6, 6, 4) and d.notes[0].startswith(
+        "small: the images have 4 channels, and all of them are trained on"
+    )
+    assert len(check(d).notes) == 1
+    three = check(dataclasses.replace(d, train_images=d.train_images[..., :3], test_images=d.test_images[..., :3]))
+    assert three.notes == ()
+
+
 NAN = np.zeros([12, 4, 4, 3])
 NAN[3, 0, 0, 0], NAN[5, 1, 1, 1] = np.nan, np.inf
 TWO = {"train_images": np.zeros([0, 4, 4, 3], np.uint8), "train_labels": np.zeros(0, int)}
@@ -147,7 +212,16 @@ TRAIN, TEST = small().train_images, small().test_images
         ({"train_images": TRAIN.reshape(12, -1)}, "got shape [12, 48]. Write images.reshape(-1, H, W, channels)"),
         ({"train_images": np.zeros([12, 3, 8, 8], np.uint8)}, "channels last, got shape [12, 3, 8, 8]"),
         ({"train_images": TRAIN[..., :0]}, "got shape [12, 4, 4, 0]"),
-        ({"test_images": TEST / 255}, "like the training images, [4, 4, 3] uint8, got [4, 4, 3] float32"),
+        ({"test_images": TEST / 255}, "in one range, got 0 to 255 (uint8) and 0 to 0.996 (float64). Write train_images / 255."),
+        ({"test_images": TEST / 2.0 + 0.0, "train_images": TRAIN / 255}, "0 to 127 (float64). Write test_images / 255."),
+        ({"test_images": TEST // 128}, "got 0 to 255 (uint8) and 0 to 1 (uint8). test_images looks divided by 255 before it"),
+        ({"test_images": TEST / 255 - 1, "train_images": TRAIN / 255}, "(float64). test_images looks normalised: give the raw"),
+        ({"validation_images": TEST / 2.0, "validation_labels": np.zeros(6, int), "train_images": TRAIN / 255,
+          "test_images": TEST / 255}, "train_images and validation_images of small in one range, got 0 to 1 (float64) and 0 to 127"),
+        ({"train_images": np.zeros([12, 3, 6, 8], np.uint8)}, "which has them first. Write images.transpose(0, 2, 3, 1); if these"),
+        ({"train_images": np.zeros([12, 4, 8, 8], np.uint8)}, "channels last, got shape [12, 4, 8, 8], which has them first"),
+        ({"train_images": np.zeros([12, 10, 64, 64], np.uint8)}, "which has them first"),
+        ({"train_images": np.zeros([12, 1, 100, 12], np.uint8)}, "1x100 pixels of 12 channels, images.transpose(0, 2, 1, 3)."),
         ({"test_images": TEST[:, :2]}, "got [2, 4, 3] uint8"),
         ({"test_images": TEST[:0], "test_labels": np.zeros(0, int)}, "test_images of small with at least one"),
         (TWO, "train_images of small with at least one image, got none"),
@@ -159,6 +233,8 @@ TRAIN, TEST = small().train_images, small().test_images
         ({"test_domains": np.full(6, 2), "domain_names": ("x", "y")}, "test_domains of small in 0..1, got 2"),
         ({"train_index": np.arange(12) + 9, "source_size": 20}, "train_index of small in 0..19 for source_size 20, got 9 to 20"),
         ({"train_index": np.arange(12) - 1, "source_size": 20}, "got -1 to 10. Give the size"),
+        ({"train_names": np.array(["x"] * 5, object)}, "train_names of small, one for each of the 12 samples, got 5"),
+        ({"validation_names": np.array(["x"] * 5, object)}, "validation_names of small, one for each of the 0 samples, got 5"),
         ({"train_index": np.arange(5)}, "train_index of small as 12 integers, got int64 [5]"),
         ({"true_labels": np.full(12, 3)}, "true_labels of small in 0..2, got 3 at position 0 (12 such labels)"),
     ],

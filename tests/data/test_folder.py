@@ -8,8 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from perturbjax.data import (
+    apply_views,
+    check,
+    decode,
+    drop_duplicates,
+    images,
+    leave_out,
+    load,
+    longtail,
+    noise,
+    thin,
+    validation,
+)
 from perturbjax.data import folder as module
-from perturbjax.data import images, load, thin
+from perturbjax.data.domains import pooled
 
 RNG = np.random.default_rng(0)
 
@@ -52,6 +65,43 @@ def test_classes_are_folders_and_a_test_set_is_split_off(photos):
         np.testing.assert_array_equal(d.train_labels, d.train_index // 10)
         np.testing.assert_array_equal(np.bincount(d.test_labels), [3, 3])
         assert d.train_domains is None and d.train_images.dtype == np.uint8 and len(d.train_labels) == 14
+
+
+def test_a_single_image_of_a_class_is_trained_on_and_said_not_to_be_tested(photos, write):
+    root = write("hen/1.png", pixels(4, 5, 3))
+    d = load(root)
+    assert d.class_names == ("cat", "dog", "hen") and d.class_counts.tolist() == [7, 7, 1]
+    np.testing.assert_array_equal(np.bincount(d.test_labels, minlength=3), [3, 3, 0])
+    assert d.notes == (
+        "photos: not tested, since there are no test images of them: 1 of 3 classes: 'hen' (1 in training). No number says how well they "
+        "are learnt. A single sample can be trained on only: add some.",
+    )
+
+
+def test_names_stay_beside_their_images_through_all_views(write):
+    made = {f"{d}/{c}/{n}.png": pixels(3, 3, 3) for d in ("art", "photo") for c in ("a", "b") for n in range(10)}
+    for name, image in made.items():
+        root = write(name, image)
+    write("art/a/10.png", made["photo/a/9.png"]), write("art/a/11.png", made["photo/a/9.png"])
+    d = load(root)
+    chains = (
+        [],
+        [leave_out("photo")],
+        [validation(0.3), thin(3)],
+        [longtail(3)],
+        [drop_duplicates(within=True), noise("pair", 0.2)],
+    )
+    for views in chains:
+        made_of = apply_views(d, views, 0)
+        for part in ("train", "test", "validation"):
+            found = getattr(made_of, f"{part}_images")
+            assert (found is None) == (getattr(made_of, f"{part}_names") is None)
+            for name, image in zip(getattr(made_of, f"{part}_names"), found, strict=True) if found is not None else ():
+                np.testing.assert_array_equal(image, made.get(name, made["photo/a/9.png"]), err_msg=name)
+        assert len(check(made_of).train_names) == len(made_of.train_labels)
+    whole = pooled(d)
+    assert sorted(whole.train_names) == sorted([*made, "art/a/10.png", "art/a/11.png"])
+    np.testing.assert_array_equal(whole.train_images[whole.train_names.tolist().index("photo/b/3.png")], made["photo/b/3.png"])
 
 
 def test_the_same_split_as_of_the_same_arrays_in_an_npz(photos, tmp_path):
@@ -145,21 +195,16 @@ def test_one_colour_image_makes_all_of_them_rgb(write, first):
 def test_modes_formats_and_alpha_become_rgb(write):
     colour = np.repeat(np.repeat(pixels(2, 2, 3), 4, 0), 4, 1)  # blocks: JPEG keeps them
     image = Image.fromarray(colour)
-    see_through = image.convert("RGBA")
-    see_through.putalpha(0)
-    (
-        write("a/rgb.png", image),
-        write("a/rgba.png", see_through),
-        write("a/x.bmp", image),
-        write("a/x.webp", image, lossless=True),
-    )
+    write("a/rgb.png", image), write("a/rgba.png", image.convert("RGBA")), write("a/x.bmp", image)
+    write("a/x.webp", image, lossless=True)
     write("a/x.tiff", image), write("a/x.ppm", image)
     palette = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
-    write("b/palette.gif", palette), write("b/palette.png", palette, transparency=0)
-    write("b/palette_bytes.png", palette, transparency=bytes([0, 128, 255, 255]))
+    write("b/palette.gif", palette), write("b/palette.png", palette)
+    write("b/palette_bytes.png", palette, transparency=bytes([255] * 4))
     write("b/cmyk.jpg", image.convert("CMYK"), quality=100)
     root = write("b/x.JPG", image, quality=100, subsampling=0)
     d = load(root)
+    assert d.notes == ()
     every = np.concatenate([d.train_images, d.test_images]).astype(int)
     assert len(every) == 11 and np.abs(every - colour).max() < 8  # palettes and JPEG round
 
@@ -240,7 +285,9 @@ def test_large_sets_are_mapped_from_a_file_that_is_used_again(write, cache, monk
         assert d.subset_hash == plain.subset_hash and d.channel_stats() == plain.channel_stats()
         assert [file.suffix for file in cache.iterdir()] == [".npy"]  # one file, no half of one
         assert thin(1)(d, 0).train_images.shape == (2, 4, 4, 3)
-        monkeypatch.setattr(module, "_decode", lambda path, **_: module.np.zeros([4, 4, 3], np.uint8))  # not read again
+        monkeypatch.setattr(
+            module, "decode", lambda path, form: decode.Decoded(np.zeros([4, 4, 3], np.uint8))
+        )  # not read again
     assert load(root).train_images.any()
 
 
@@ -269,11 +316,12 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(photos, cache, monkeypatch):
         load(photos[0])
 
 
-def test_a_damaged_image_leaves_no_file(photos, cache):
+def test_a_damaged_image_leaves_no_images(photos, cache):
     (photos[0] / "dog" / "9.png").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"dog.9.png', which can't be decoded \(UnidentifiedImageError"):
         load(photos[0])
-    assert not list(cache.iterdir())
+    [file] = cache.iterdir()
+    assert file.name.endswith("-damaged.json")  # so that it is named at once the next time
 
 
 def test_images_of_several_sizes(photos, write):
@@ -295,11 +343,13 @@ def test_damaged_images_are_named(photos):
             load(root)
 
 
-@pytest.mark.parametrize("mode", ["I;16", "F"])
-def test_deeper_images_are_refused(photos, mode):
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_without_a_known_range_are_refused(photos, mode):
     Image.new(mode, (5, 4)).save(photos[0] / "cat" / "0.tiff")
-    with pytest.raises(ValueError, match=f"8-bit images, got '.*0.tiff' of Pillow's mode {mode}, with more bits"):
-        load(photos[0])
+    with pytest.raises(
+        ValueError, match=f"8 or 16 bits, got '.*0.tiff' of Pillow's mode {mode}, whose values have no known range"
+    ):
+        load(photos[0], skip_damaged=True)  # it isn't damaged
 
 
 BAD = {

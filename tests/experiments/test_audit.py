@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import audit, train
 from perturbjax.data import Dataset, check, load
@@ -119,6 +120,81 @@ def test_folds_seeds_and_relabelling(tmp_path):
     train.main(["--data", str(tmp_path / "cleaned.npz"), "--view", "none", "--epochs", "1", "--out", str(tmp_path / "run")])
 
 
+def test_copies_under_two_labels_come_first_and_known_test_images_are_no_reason_to_refuse(tmp_path, capsys):
+    digits = load("digits")
+    rows = np.arange(0, 60, 3)
+    labels = digits.train_labels[rows]
+    labels[:6] = (labels[:6] + 1) % 10  # the other 14 copies agree
+    images = np.concatenate([digits.train_images[:200], digits.train_images[rows]])
+    given = np.concatenate([digits.train_labels[:200], labels])
+    test_labels = digits.test_labels[:40].copy()
+    test_labels[:2] = (digits.train_labels[100] + 1) % 10, digits.train_labels[101]
+    test = np.concatenate([digits.train_images[100:102], digits.test_images[2:40]])  # 5 % of it, one under another label
+    np.savez(tmp_path / "x.npz", train_images=images, train_labels=given, test_images=test, test_labels=test_labels)
+    flags = [
+        "--data",
+        str(tmp_path / "x.npz"),
+        "--view",
+        "none",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "20",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    audit.main(flags)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "note: x: 2 of 40 test images, which are training images bit for bit" in said
+    assert (
+        "13 training samples have a copy, the same bit for bit, under another label: not both are right. They come first"
+        in said
+    )
+    disputed = {int(n) for n in (*rows[:6], *range(200, 206), 100)}
+    with open(tmp_path / "out" / "audit.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert {int(row["index"]) for row in found[:13]} == disputed and len(found) == 220
+    scores = [float(row["score"]) for row in found]
+    assert scores[:13] == sorted(scores[:13], reverse=True) and scores[13:] == sorted(scores[13:], reverse=True)
+    other = {int(row["index"]): row["other_labels"] for row in found}
+    assert other[0] == str(labels[0]) and other[200] == str(digits.train_labels[0]) and other[100] == str(test_labels[0])
+    assert {n for n, label in other.items() if label} == disputed
+    page = (tmp_path / "out" / "sheet.html").read_text()
+    assert page.count("a copy is labelled: ") == 13 and page.index("a copy is labelled") < page.index("</figure>")
+    assert json.loads((tmp_path / "out" / "audit.json").read_text())["disputed"] == 13
+    with open(tmp_path / "out" / "duplicates.csv", newline="") as file:
+        pairs = list(csv.DictReader(file))
+    assert len(pairs) == 22 and [pair["labels"] for pair in pairs] == ["different"] * 7 + ["same"] * 15
+    with pytest.raises(ValueError, match=r"got 2 of 40 test images.* listed in .*other.duplicates.csv"):
+        train.main([*flags[:-2], "--out", str(tmp_path / "other")])
+    assert (tmp_path / "other" / "duplicates.csv").read_text() == (tmp_path / "out" / "duplicates.csv").read_text()
+    dropping = [
+        *flags[:3],
+        "drop_duplicates",
+        *flags[4:-2],
+        "--out",
+        str(tmp_path / "other"),
+    ]  # into the same folder, as advised
+    train.main(dropping)
+    assert "2 training images that are in the test or validation set were dropped" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_files_are_named_beside_their_scores(tmp_path):
+    for n, image in enumerate(np.rint(255 * load("digits").train_images[:60, ..., 0]).astype(np.uint8)):
+        path = tmp_path / "photos" / "ab"[n % 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    audit.main(["--data", str(tmp_path / "photos"), "--epochs", "1", "--batch-size", "6", "--out", str(tmp_path / "out")])
+    with open(tmp_path / "out" / "audit.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    dataset = load(tmp_path / "photos")
+    assert {row["index"]: row["name"] for row in rows} == dict(
+        zip(map(str, dataset.train_index), dataset.train_names, strict=True)
+    )
+    assert all(row["name"][0] == row["given"] for row in rows)
+    assert rows[0]["name"] in (tmp_path / "out" / "sheet.html").read_text()
+
+
 def test_streamed_images_stay_off_the_device_and_an_error_in_the_timing_leaves_the_files(tmp_path, monkeypatch):
     from perturbjax.training import cost
 
@@ -199,6 +275,7 @@ def test_only_the_classes_that_would_vanish_keep_flagged_samples():
     [
         (["--evidence", "memry"], "Did you mean 'memory'"),
         (["--clean", "remove"], "There are: drop, relabel"),
+        (["--epochs", "0"], "^--epochs needs epochs >= 1, got 0. Write --epochs 1.$"),
         (["--seeds", "0"], "needs seeds >= 1, got 0. Write --seeds 1"),
         (["--seed", "-1"], "needs seed >= 0, got -1. Write --seed 0"),
         (["--folds", "1"], "needs folds >= 2, got 1. Write --folds 2"),

@@ -339,6 +339,13 @@ def test_other_contents_of_weights_or_vectors_are_another_run(tmp_path):
     assert {"weights_hash", "vectors_hash"}.isdisjoint(folders.identity(train.TrainSettings(), data))
 
 
+def test_flags_that_earlier_versions_lack_are_no_difference_until_they_are_set():
+    folders, data = train.shared.folders, train.shared.load_view(train.TrainSettings(), 0)
+    later = {"shortcut": "B", "background": "black", "skip_damaged": True}
+    assert later.keys() == folders.LATER.keys() and later.keys().isdisjoint(folders.identity(train.TrainSettings(), data))
+    assert later.items() <= folders.identity(train.TrainSettings(**later), data).items()
+
+
 def test_a_last_update_that_breaks_the_net_is_found(tmp_path):
     flags = [
         "--epochs",
