@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from perturbjax.label_form import trouble
+
 
 def is_traced(value: Any) -> bool:
     """Whether any leaf of `value` is a JAX tracer, so that its numbers are unknown here."""
@@ -80,7 +82,8 @@ def check_logits_labels(function: str, logits: Any, labels: Any) -> None:
         )
     check_classes(function, shape[1])
     if not np.issubdtype(dtype, np.integer):
-        raise ValueError(f"{function} needs integer labels, got {dtype}. Cast them: labels.astype(jnp.int32).")
+        got, fix = (f"{dtype}", "Write labels.astype(np.int32).") if is_traced(labels) else trouble(labels)
+        raise ValueError(f"{function} needs integer labels, got {got.removeprefix('dtype ')}. {fix}")
 
 
 def check_classes(function: str, num_classes: int) -> None:
@@ -115,7 +118,8 @@ def check_labels(function: str, labels: Any, num_classes: int) -> None:
         return
     array = np.asarray(labels)
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{function} needs integer labels, got {array.dtype}. Cast them: labels.astype('int32').")
+        got, fix = trouble(array)
+        raise ValueError(f"{function} needs integer labels, got {got.removeprefix('dtype ')}. {fix}")
     bad = np.flatnonzero((array < 0) | (array >= num_classes))
     if bad.size:
         larger = f" or set num_classes={int(array.max()) + 1}" if array.min() >= 0 else ""

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_index, check_labels, check_number, is_traced
 from perturbjax.classes import AxisName, at_least_float32, wide
+from perturbjax.label_form import multi_hot, trouble
 from perturbjax.line import Line, line
 from perturbjax.link import TAIL, Chain, Context, Flow, Perturbation, Rest, Where, chain
 
@@ -181,6 +182,8 @@ class Objective:
                 how = f"Write {name.strip('=')}[:, 0]."
             if name == "labels" and np.shape(value) == (count, self.context.num_classes):
                 how = "Write labels.argmax(1), and the rows themselves as targets=."
+                if not is_traced(value) and multi_hot(np.asarray(value)):
+                    how = trouble(value)[1]
             raise ValueError(f"objective needs {name} {axes} = {shape}, got {np.shape(value)}. {how}")
 
     def _check_labels(self, labels: jax.Array, weights: ArrayLike | None) -> None:

@@ -8,20 +8,19 @@ Word 0 is the padding, so that `tokens != 0` says which positions count.
 import collections
 import dataclasses
 import functools
-import gzip
-import lzma
 import math
 import pathlib
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TextIO
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+
+from perturbjax.data.encoding import open_text, read_text, reading
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 SIZE, LENGTH = 25_000, 200  # words of a vocabulary, words of a text, if nothing is said
 LONGEST_WORD = 100  # characters; BERT takes longer ones for unknown
-OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -165,10 +164,7 @@ def read_pieces(file: str | pathlib.Path) -> WordPieces:
     path = pathlib.Path(file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"read_pieces needs a vocab.txt, got {str(path)!r}, where there is no file. Check the path.")
-    try:
-        words = tuple(line.rstrip("\r") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"read_pieces needs a vocab.txt in UTF-8, got {path.name!r} ({error}). Fetch it again.") from error
+    words = tuple(line.rstrip("\r") for line in read_text("read_pieces", path).rstrip("\n").split("\n"))
     missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in words]
     if missing or words[0] != "[PAD]":
         got = f"none of {', '.join(missing)}" if missing else f"{words[0]!r} there"
@@ -257,23 +253,6 @@ def _lines(path: pathlib.Path):
     with open_text(path) as stream:
         for line in reading(path, stream):
             yield line.rstrip("\r\n ")
-
-
-def open_text(path: pathlib.Path, encoding: str = "utf-8-sig") -> TextIO:
-    """The file as text, unpacked if it is .gz or .xz."""
-    return OPENERS.get(path.suffix, open)(path, "rt", encoding=encoding, newline="")
-
-
-def reading(path: pathlib.Path, stream: Iterable[str]) -> Iterable[str]:
-    """The same lines; a damaged file or another encoding becomes an error that names the file."""
-    try:
-        yield from stream
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"load needs text in UTF-8, got {str(path)!r} ({error.reason} at byte {error.start}). Convert it: iconv -f latin1 -t utf-8."
-        ) from error
-    except (EOFError, lzma.LZMAError, OSError) as error:
-        raise ValueError(f"load needs a whole file, got {str(path)!r} ({error}). Copy it again.") from error
 
 
 def pack(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
