@@ -10,15 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from perturbjax.data import unspaced
 from perturbjax.data.arrange import Part, from_parts
 from perturbjax.data.dataset import Dataset, as_labels, check, name_classes
 from perturbjax.data.encoding import encoding_of, foreign, is_western
 from perturbjax.data.folder import BESIDE, IMAGES, SPLITS, in_order, listed
 from perturbjax.data.rows import TABLES, Row, by_split, is_table, read_rows
-from perturbjax.data.text import SIZE, Tokenizer, build_words, objects, read_pieces, unpack
+from perturbjax.data.text import SIZE, Tokenizer, Words, build_words, objects, read_pieces, unpack
 from perturbjax.label_form import SHOWN, spellings
 
 NO_CLASS = re.compile(r"^(readme|licen[sc]e|changelog|vocab)\b", re.IGNORECASE)  # text files that hold no samples
+CUTS = ("spaces", "characters")
+"""What may stand for a vocabulary: the words of the training texts, in scripts without spaces too, or there the characters."""
+UNKNOWN_SHARE = 0.5
+NOT_SEEN = "they are in no training text, or too rare there. Are there spaces between the words?"
+NOT_PIECES = "the vocabulary has no pieces for them. Take one of the texts' language."
 ONE_EACH = "FOLDER/class.txt with one text a line, or FOLDER/train/class.txt and FOLDER/test/class.txt"
 
 
@@ -37,7 +43,7 @@ class TextForm:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 flag = {"length": "text_length", "size": "vocabulary_size", "min_count": "min_count"}[name]
                 raise ValueError(f"load needs {flag} as a whole number of at least {low}, got {value!r}. Leave it out.")
-        if self.vocabulary is not None and (self.size or self.min_count):
+        if self.vocabulary is not None and self.vocabulary not in CUTS and (self.size or self.min_count):
             raise ValueError(
                 "load needs vocabulary_size and min_count only where the training texts make the vocabulary, got them beside "
                 f"{self.vocabulary!r}. Leave them out."
@@ -52,9 +58,10 @@ class TextForm:
         """The vocabulary of these training texts, or the one that is given."""
         if isinstance(self.vocabulary, Tokenizer):
             return self.vocabulary
-        if self.vocabulary is not None:
+        if self.vocabulary is not None and self.vocabulary not in CUTS:
             return read_pieces(self.vocabulary)
-        return build_words(texts, size=self.size or SIZE, min_count=self.min_count or 1)
+        characters = None if self.vocabulary is None else self.vocabulary == "characters"
+        return build_words(texts, size=self.size or SIZE, min_count=self.min_count or 1, characters=characters)
 
 
 def is_folder(folder: pathlib.Path) -> bool:
@@ -169,19 +176,43 @@ def _encoded(
     """The parts as tokens. The vocabulary is made of what is trained on, once a test set is split off."""
     chosen: list[Part] = []
     tokenizer: list[Tokenizer] = []
+    said: list[str] = []
 
     def rows(of: list[Part]) -> list[np.ndarray]:
         chosen.extend(of)
         tokenizer.append(form.tokenizer(of[0].items))
-        train = tokenizer[0].rows(of[0].items, form.length)
-        return [train, *(tokenizer[0].rows(part.items, train.shape[1]) for part in of[1:])]
+        found = [[tokenizer[0].numbers(text) for text in part.items] for part in of]
+        train = tokenizer[0].stack(found[0], form.length)
+        said.extend(_notes(form, tokenizer[0], of[0].items, found, train.shape[1]))
+        return [train, *(tokenizer[0].stack(numbers, train.shape[1]) for numbers in found[1:])]
 
     made = from_parts(name, parts, rows, class_names=class_names, notes=notes)
     texts = dict(zip(("train_texts", "test_texts", "validation_texts"), (part.items for part in chosen)))
     empty = sum(not text.strip() for part in chosen for text in part.items)
-    notes = (*made.notes, f"{name}: {empty} texts have no word.") if empty else made.notes
+    said += [f"{empty} texts have no word."] if empty else []
+    notes = (*made.notes, *(f"{name}: {note}" for note in said))
     index = {} if train_index is None else {"train_index": train_index, "source_size": None}
     return check(dataclasses.replace(made, tokenizer=tokenizer[0], notes=notes, **texts, **index))
+
+
+def _notes(
+    form: TextForm, tokenizer: Tokenizer, texts: Sequence[str], found: Sequence[list[list[int]]], length: int
+) -> Iterator[str]:
+    """What people should know of how the texts (of training) became the numbers `found` (of all parts) and rows of that length."""
+    count = unspaced.count(texts) if isinstance(tokenizer, Words) else 0
+    if count:
+        have = f"{count} of {len(texts)} training texts {'has' if count == 1 else 'have'} letters of a script that puts no spaces between words"
+        yield (
+            f"{have}; each of its characters is a word. For longer words put spaces between them, or give a BERT's vocab.txt (--vocabulary)."
+            if tokenizer.characters
+            else f"{have}; what stands between the spaces that are there is a word. --vocabulary characters makes each character one."
+        )
+    unknown = np.mean([number == tokenizer.unknown for numbers in found[1] for number in numbers] or [0.0])
+    if unknown > UNKNOWN_SHARE:
+        yield f"{unknown:.0%} of the test texts' words are unknown: {NOT_SEEN if isinstance(tokenizer, Words) else NOT_PIECES}"
+    cut = sum(len(tokenizer.row(numbers, 2**31)) > length for numbers in found[0])
+    if cut and form.length is None:
+        yield f"{cut} of {len(texts)} training texts are longer than {length} words, and cut there. --text-length reads more of them."
 
 
 def _tables(folder: pathlib.Path) -> dict[str, pathlib.Path]:
