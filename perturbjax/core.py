@@ -354,6 +354,8 @@ class _Pass:
         if self.context.axis_name is not None:  # the model draws for its place in the batch, of which every device has its own
             device = jax.lax.axis_index(self.context.axis_name)
             model_key = jnp.where(device > 0, jax.random.fold_in(model_key, device), model_key)
+        if before == "input" and self.line.side is not None:  # of the inputs as the links there left them
+            flow = flow._replace(side={**flow.side, **self.line.side(flow.value)})
         options = {} if self.line.side is None else {"side": flow.side}
         value, stats = self.line.slice(
             self.context.variables, flow.value, before, site, stats=flow.stats, train=self.train, key=model_key, **options

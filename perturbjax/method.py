@@ -43,7 +43,8 @@ def method(
       resolve_structure: settings as numbers -> further settings that fix the shape of the computation (a loop's length), for
         callers that trace the numbers afterwards.
       asks: settings -> what a link can't do and the trainer does for it: {"replays": m}, every batch m times in a row, or
-        {"fine_tuning": {"start": ..., "rate": ...}}, class-balanced batches in the last part.
+        {"fine_tuning": {"start": ..., "rate": ...}}, class-balanced batches in the last part, or {"second_view": True}, each sample
+        augmented once more, as side["second_view"].
     """
     tuple_of = lambda x: (x,) if isinstance(x, str) else tuple(x)
     coordinates = Coordinates(tuple_of(target), tuple(direction), inference, tuple_of(granularity))
