@@ -44,7 +44,7 @@ def trouble(labels: Any, name: str = "labels", *, samples: str = "samples") -> t
         return None
     if array.dtype.kind == "O":
         return _of_objects(array, name, samples)
-    if array.dtype.kind in "US":
+    if array.dtype.kind in "UST":
         return _of_texts([_text(value) for value in array.tolist()], array.dtype, name, samples)
     if array.dtype.kind == "f":
         return _of_floats(array, name, samples)
@@ -155,14 +155,13 @@ def _of_objects(array: np.ndarray, name: str, samples: str) -> tuple[str, str]:
     lists = np.array([isinstance(value, list | tuple | set | np.ndarray) for value in values], bool)
     if lists.any():
         return f"lists in {positions(lists)}", f"{SEVERAL}: give each sample one."
-    texts = ["" if value is None or value != value else _text(value) for value in values]
+    texts = ["" if value is None else _text(value) for value in values]
     if all(isinstance(value, int | np.integer) for value in values):
         return f"dtype {array.dtype}", f"Write {name}.astype(np.int32)."
-    numbers = all(isinstance(value, float | int | np.number) or text == "" for value, text in zip(values, texts))
-    if numbers and values:
-        return _of_floats(
-            np.array([math.nan if text == "" else float(value) for value, text in zip(values, texts)]), name, samples
-        )
+    missing = [is_missing(text) for text in texts]
+    if all(lacks or isinstance(value, int | float | np.number) for value, lacks in zip(values, missing)) and not all(missing):
+        numbers = [math.nan if lacks else float(value) for value, lacks in zip(values, missing)]
+        return _of_floats(np.array(numbers), name, samples)
     return _of_texts(texts, array.dtype, name, samples)
 
 

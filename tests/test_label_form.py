@@ -2,10 +2,13 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pandas
 import pytest
 
 import perturbjax as pj
 from perturbjax.analysis import accuracy
+from perturbjax.analysis.attack import clean_accuracy
+from perturbjax.analysis.sharpness import data_loss
 from perturbjax.data import Dataset, check
 from perturbjax.label_form import folded, is_missing, positions, spellings, trouble
 
@@ -24,6 +27,8 @@ CASES = {
     "nan in a row": ([[1, 0], [NAN, 1]], "shape [2, 2] with nan in 1 row (1)", "keep = ~np.isnan(labels).any(1)"),
     "nan": ([0, NAN, 1, NAN], "nan in 2 rows (1, 3) of float64", "keep = ~np.isnan(labels); labels[keep].astype(np.int32)"),
     "None": (np.array([0, None, 1], object), "nan in 1 row (1) of float64", "Drop it: keep = ~np.isnan(labels)"),
+    "pandas": (pandas.array([0, None, 1], dtype="Int64"), "nan in 1 row (1) of float64", "Drop it: keep"),
+    "names of pandas": (pandas.Series(["a", None, "b"], dtype="string"), "no label in 1 row (1)", "Drop these rows"),
     "infinity": ([0, np.inf], "infinity in 1 row (1) of float64", "Drop these rows."),
     "fractions": ([0, 0.5], "numbers with a fraction in 1 row (1), the first 0.5", "np.digitize(labels, edges)"),
     "floats": ([0.0, 1.0], "dtype float64", "Write labels.astype(np.int32)."),
@@ -128,3 +133,11 @@ def test_nan_in_labels_is_named_before_anything_is_computed():
         pj.lpl_delta(jnp.ones([2, 2]), np.array([0, NAN]), direction=1.0, bound=1.0, step_size=0.1)
     with pytest.raises(TypeError, match=r"accuracy needs integer labels, got nan in 1 row \(1\)"):
         accuracy(np.ones([2, 2]), np.array([0, NAN]))
+
+
+def test_measuring_a_net_names_them_too():
+    labels = np.array([0, NAN])
+    with pytest.raises(ValueError, match=r"data_loss needs integer labels, got nan in 1 row \(1\)"):
+        data_loss(lambda w, x: x @ w, np.eye(2, dtype=np.float32), labels)
+    with pytest.raises(ValueError, match=r"clean_accuracy needs labels 0, 1, 2, …, got nan in 1 row \(1\) of float64"):
+        clean_accuracy(lambda x: x, np.zeros([2, 2], np.float32), labels)

@@ -47,9 +47,10 @@ def read_rows(path: pathlib.Path, notes: list[str]) -> list[Row]:
     missing = np.array([is_missing(row.label) for row in rows], bool)
     if missing.any():
         numbers = _numbers([row.number for row in itertools.compress(rows, missing)])
+        written = ", ".join(sorted({repr(row.label) for row in itertools.compress(rows, missing)}))
         raise ValueError(
-            f"load needs a label (a name or a whole number) in every row of {str(path)!r}, got none in {numbers} "
-            f"({', '.join(sorted({repr(row.label) for row in itertools.compress(rows, missing)}))}). Drop the rows without one."
+            f"load needs a label (a name or a whole number) in every row of {str(path)!r}, got none in {numbers} ({written}). "
+            "Drop the rows without one (row 1 has the first text)."
         )
     return rows
 
@@ -152,7 +153,7 @@ def _row(path: pathlib.Path, number: int, text: Any, label: Any, split: Any) -> 
             f"load needs text in every row of {str(path)!r}, got {text!r} in row {number}. Drop that row, or write its text."
         )
     if isinstance(label, list | dict):
-        fix = f"{SEVERAL}: give each text one" if isinstance(label, list) else "Write its name"
+        fix = f"{SEVERAL}: give each text one" if isinstance(label, list) and len(label) > 1 else "Write its name"
         raise ValueError(f"load needs one label in every row of {str(path)!r}, got {label!r} in row {number}. {fix}.")
     if isinstance(label, float) and not math.isnan(label):
         if not label.is_integer():

@@ -66,9 +66,9 @@ class TextForm:
 
 def is_folder(folder: pathlib.Path) -> bool:
     """Whether a folder holds texts: train.csv or the like, a file per class, or train and test with a file per class in each."""
-    if _tables(folder):
-        return True
     files, folders = _entries(folder)
+    if _tables(folder):  # beside images they tell something of these
+        return not any(file.suffix.lower() in IMAGES for sub in folders for file in sub.rglob("*"))
     if (folder / "dataset_info.json").is_file() or any(file.suffix.lower() in IMAGES for file in files):
         return False
     if folders:
@@ -152,7 +152,7 @@ def _one_class_each(name: str, parts: Mapping[str, Sequence[Row]], notes: list[s
         listed = ", ".join(composed[label] for label in twice[:SHOWN])
         notes.append(f"{name}: labels that only differ in how their accents are stored are one class ({listed}).")
     if groups := spellings(composed.values()):
-        first = {row.label: row.number for rows in reversed(parts.values()) for row in reversed(rows)}
+        first = {row.label: row.number for rows in reversed(list(parts.values())) for row in reversed(rows)}
         place = lambda label: "" if first[label] is None else f", the first in row {first[label]}"
         texts = lambda label: f"{label!r} ({written[label]} text{'s' * (written[label] != 1)}{place(label)})"
         shown = "; ".join(
@@ -199,15 +199,14 @@ def _notes(
     form: TextForm, tokenizer: Tokenizer, texts: Sequence[str], found: Sequence[list[list[int]]], length: int
 ) -> Iterator[str]:
     """What people should know of how the texts (of training) became the numbers `found` (of all parts) and rows of that length."""
-    count = unspaced.count(texts) if isinstance(tokenizer, Words) else 0
-    if count:
+    if isinstance(tokenizer, Words) and (count := unspaced.count(texts)):
         have = f"{count} of {len(texts)} training texts {'has' if count == 1 else 'have'} letters of a script that puts no spaces between words"
         yield (
             f"{have}; each of its characters is a word. For longer words put spaces between them, or give a BERT's vocab.txt (--vocabulary)."
             if tokenizer.characters
             else f"{have}; what stands between the spaces that are there is a word. --vocabulary characters makes each character one."
         )
-    unknown = np.mean([number == tokenizer.unknown for numbers in found[1] for number in numbers] or [0.0])
+    unknown = np.mean([number == tokenizer.unknown for numbers in found[1] for number in numbers] or [False])
     if unknown > UNKNOWN_SHARE:
         yield f"{unknown:.0%} of the test texts' words are unknown: {NOT_SEEN if isinstance(tokenizer, Words) else NOT_PIECES}"
     cut = sum(len(tokenizer.row(numbers, 2**31)) > length for numbers in found[0])

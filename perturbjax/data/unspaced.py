@@ -13,17 +13,22 @@ from collections.abc import Iterable
 BLOCKS = (  # Unicode's, without Chinese characters
     (0x0E00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19FF), (0x1A20, 0x1AAF), (0x1B00, 0x1B7F),  # Thai ... Balinese
     (0x3001, 0x312F), (0x31A0, 0x31BF), (0x31F0, 0x31FF), (0xA000, 0xA4CF), (0xA980, 0xA9FF), (0xAA60, 0xAADF),  # kana, Yi, Javanese
-    (0xFF01, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40), (0xFF5B, 0xFF9F), (0x1AFF0, 0x1B16F),  # wide punctuation, narrow kana
+    (0xFF01, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40), (0xFF5B, 0xFF9F),  # wide punctuation, narrow kana
 )  # fmt: skip
-CHINESE = ((0x2E80, 0x2FDF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFD))
+FAR = (
+    (0x1AFF0, 0x1B16F),
+    (0x20000, 0x3FFFD),
+)  # more kana and Chinese characters; as ranges, since `re` has a table up to 0xFFFF only
+CHINESE = ((0x2E80, 0x2FDF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF))
 JOINERS = "\u200c\u200d\ufe00-\ufe0f"  # invisible, between characters that belong together
 
 _set = lambda blocks: "".join(f"{chr(low)}-{chr(high)}" for low, high in blocks)
 _chars = [chr(code) for low, high in BLOCKS for code in range(low, high + 1)]
 _marks = "".join(char for char in _chars if unicodedata.category(char)[0] == "M")
 _letters = "".join(char for char in _chars if unicodedata.category(char)[0] == "L")
-ONE = re.compile(f"[{_set(BLOCKS + CHINESE)}][{_marks}{JOINERS}]*")
-LETTER = re.compile(f"[{_letters}{_set(CHINESE)}]")
+_own = _set(BLOCKS + CHINESE + FAR)
+WORD = re.compile(rf"[{_own}][{_marks}{JOINERS}]*|[^\s{_own}]+")
+LETTER = re.compile(f"[{_letters}{_set(CHINESE + FAR)}]")
 
 
 def cut(text: str) -> list[str]:
@@ -32,7 +37,7 @@ def cut(text: str) -> list[str]:
     >>> cut("iPhone很好用！ ok")
     ['iPhone', '很', '好', '用', '！', 'ok']
     """
-    return text.split() if text.isascii() else ONE.sub(r" \g<0> ", text).split()
+    return text.split() if text.isascii() else WORD.findall(text)
 
 
 def count(texts: Iterable[str]) -> int:

@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from perturbjax.data import apply_views, check, drop_duplicates, leave_out, load, longtail, noise, shrink, thin, validation
 from perturbjax.data.text import build_words, pack, unpack
@@ -117,6 +118,16 @@ def test_a_folder_of_files_by_split(tmp_path):
         load(tmp_path)
 
 
+def test_a_table_beside_images_is_no_folder_of_texts(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for n in range(4):
+            Image.fromarray(np.full([4, 4], n, np.uint8)).save(tmp_path / "train" / name / f"{n}.png")
+    write_csv(tmp_path / "train.csv", [("0.png", "a")], ("id", "label"))
+    (tmp_path / "test.tsv").write_text("about")
+    assert load(tmp_path).kind == "images"
+
+
 def test_a_folder_with_a_file_for_each_class(tmp_path):
     for label, name in enumerate(("neg", "pos")):
         own = [text for text, of in zip(TEXTS, LABELS) if of == label]
@@ -207,7 +218,7 @@ BAD = {
     "no label": ("x.csv", "text,stars\na,1\n", "needs a label in every row"),
     "short row": ("x.csv", "text,label\na,1\nb\n", "needs 2 columns in every row of .*got 1 in row 2. Put texts with commas"),
     "long row": ("x.csv", "text,label\na, b,1\n", "got 3 in row 1"),
-    "empty label": ("x.csv", "text,label\na,1\nb, \n", r"needs a label \(a name or a whole number\) .*got none in row 2 \(''\). Drop the rows"),
+    "empty label": ("x.csv", "text,label\na,1\nb, \n", r"needs a label .*got none in row 2 \(''\). Drop the rows without one .row 1 has the first"),
     "no labels": ("x.csv", "text,label\na,1\nb, \nc,nan\nd,NaN\ne,2\n", r"got none in 3 rows \(2, 3, 4\) \('', 'NaN', 'nan'\)"),
     "header only": ("x.csv", "text,label\n", "needs training texts in x, got none"),
     "one class": ("x.csv", "text,label\na,1\nb,1\n", "at least 2 classes of x, got 1"),
