@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import pathlib
+import unicodedata
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -53,7 +54,9 @@ def as_numbers(labels: LabelFile, class_names: tuple[str, ...]) -> np.ndarray:
     """[N] int32 in 0..C-1. Text is taken as class names if every line is one, or else as integers."""
     values = labels.values
     if values.dtype.kind == "U":
-        number = {name: n for n, name in enumerate(class_names)}
+        composed = lambda name: unicodedata.normalize("NFC", name)  # as stored by one system or another, it looks the same
+        values = np.array([composed(value) for value in values.tolist()])
+        number = {composed(name): n for n, name in enumerate(class_names)}
         unknown = [n for n, value in enumerate(values) if value not in number]
         if not unknown:
             return np.array([number[value] for value in values.tolist()], np.int32)

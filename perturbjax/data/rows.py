@@ -73,7 +73,7 @@ def _csv_rows(path: pathlib.Path, stream: TextIO, notes: list[str]) -> Iterator[
     try:
         header = [name.strip().lower() for name in next(reader, [])]
         found = f"(separated by {DELIMITERS.get(mark, repr(mark))}, in {_shown(stream)})"
-        got = f"the columns {', '.join(header)} {found}" if header else "an empty file"
+        got = f"the columns {', '.join(header)[:200]} {found}" if header else "an empty file"
         text, label, split = (_key(path, what, header, got) for what in KEYS)
         if mark != ("\t" if TABLES.search(path.name)[1].lower() == "tsv" else ","):
             notes.append(f"{path.name}: columns are separated by {DELIMITERS.get(mark, repr(mark))}.")

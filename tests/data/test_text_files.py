@@ -345,6 +345,25 @@ def test_other_encodings_are_shown_and_never_taken_for_latin(tmp_path, encoding)
         load(tmp_path)
 
 
+def test_chinese_in_utf_16_is_found_without_a_mark(tmp_path):
+    """Its characters have zeros in their bytes, too (U+4E00), and a long text has few line breaks."""
+    rows = [("一部很好看的电影" * 20 + str(n), "一" if n % 2 else "二") for n in range(20)]
+    for encoding in ("utf-16-le", "utf-16-be"):
+        with open(tmp_path / "x.csv", "w", encoding=encoding, newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *rows])
+        assert texts_of(load(tmp_path / "x.csv")) == dict(rows)
+
+
+def test_one_line_in_another_encoding_is_named(tmp_path):
+    lines = ["text,label", *(f"d\u00e9j\u00e0 vu {n},{n % 2}" for n in range(20))]
+    content = "\n".join(lines).encode().replace("d\u00e9j\u00e0 vu 7".encode(), "na\u00efve 7".encode("latin-1"))
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"x.csv'. Line 9 may say 'naïve 7,1' \(cp1252\) or .*; all before it is UTF-8. Mend that line"
+    ):
+        load(tmp_path / "x.csv")
+
+
 def test_files_by_class_may_be_in_utf_16(tmp_path):
     for name in ("neg", "pos"):
         (tmp_path / f"{name}.txt").write_text(f"{name} été\n" * 5, encoding="utf-16")

@@ -382,6 +382,12 @@ def test_labels_from_every_form_of_file(hundred, human):
     assert labels(str(files[4][0]))(hundred, 0).views == ("labels(file=d.txt)",)
 
 
+def test_names_are_the_same_however_their_accents_are_stored(human):
+    d = fake([3, 3], ["caf\u00e9", "na\u00efve"])
+    names = ["cafe\u0301", "nai\u0308ve", "caf\u00e9"] * 2
+    np.testing.assert_array_equal(labels(human[1]("x.txt", names))(d, 0).train_labels, [0, 1, 0] * 2)
+
+
 def test_class_names_that_are_numbers_are_names(human):
     d = fake([2, 2, 2], ["10", "20", "30"])
     _, write = human
