@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from perturbjax.label_form import trouble
 from perturbjax.names import near
 
 
@@ -90,7 +91,8 @@ def check_logits_labels(function: str, logits: Any, labels: Any) -> None:
         )
     check_classes(function, shape[1])
     if not np.issubdtype(dtype, np.integer):
-        raise ValueError(f"{function} needs integer labels, got {dtype}. Cast them: labels.astype(jnp.int32).")
+        got, fix = (f"{dtype}", "Write labels.astype(np.int32).") if is_traced(labels) else trouble(labels)
+        raise ValueError(f"{function} needs integer labels, got {got.removeprefix('dtype ')}. {fix}")
 
 
 def check_classes(function: str, num_classes: int) -> None:
@@ -125,7 +127,8 @@ def check_labels(function: str, labels: Any, num_classes: int) -> None:
         return
     array = np.asarray(labels)
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{function} needs integer labels, got {array.dtype}. Cast them: labels.astype('int32').")
+        got, fix = trouble(array)
+        raise ValueError(f"{function} needs integer labels, got {got.removeprefix('dtype ')}. {fix}")
     bad = np.flatnonzero((array < 0) | (array >= num_classes))
     if bad.size:
         larger = f" or set num_classes={int(array.max()) + 1}" if array.min() >= 0 else ""

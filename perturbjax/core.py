@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_index, check_labels, check_number, is_traced
 from perturbjax.classes import AxisName, wide
+from perturbjax.label_form import multi_hot, trouble
 from perturbjax.line import Line, line
 from perturbjax.link import TAIL, Chain, Context, Flow, Perturbation, Rest, Where, chain
 
@@ -184,6 +185,8 @@ class Objective:
                 how = f"Write {name.strip('=')}[:, 0]."
             if name == "labels" and np.shape(value) == (count, self.context.num_classes):
                 how = "Write labels.argmax(1), and the rows themselves as targets=."
+                if not is_traced(value) and multi_hot(np.asarray(value)):
+                    how = trouble(value)[1]
             raise ValueError(f"objective needs {name} {axes} = {shape}, got {np.shape(value)}. {how}")
 
     def _check_labels(self, labels: jax.Array, weights: ArrayLike | None) -> None:
@@ -363,6 +366,8 @@ class _Pass:
         if self.context.axis_name is not None:  # the model draws for its place in the batch, of which every device has its own
             device = jax.lax.axis_index(self.context.axis_name)
             model_key = jnp.where(device > 0, jax.random.fold_in(model_key, device), model_key)
+        if before == "input" and self.line.side is not None:  # of the inputs as the links there left them
+            flow = flow._replace(side={**flow.side, **self.line.side(flow.value)})
         options = {} if self.line.side is None else {"side": flow.side}
         value, stats = self.line.slice(
             self.context.variables, flow.value, before, site, stats=flow.stats, train=self.train, key=model_key, **options

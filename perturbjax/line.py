@@ -38,7 +38,9 @@ class Line:
 
     def site(self, name: str) -> str:
         """The site's own name: itself, or the last stage for "last_stage"; of texts, whose input is whole numbers, "embedding" for
-        "input". Raises ValueError for an unknown one."""
+        "input". "raw_input" is the input of texts, too: for links that exchange samples. Raises ValueError for an unknown one."""
+        if name == "raw_input":
+            return "input"
         if name == "input" and "embedding" in self.sites:
             return "embedding"
         if name == "last_stage":

@@ -173,7 +173,7 @@ def test_labels_outside_the_classes():
         "f needs labels in 0..2, got 7 at position 2 (2 such labels). Drop these rows or set num_classes=8."
     )
     assert message(check_labels, "f", [0, 5, -1], 3).endswith("got 5 at position 1 (2 such labels). Drop these rows.")
-    assert "labels.astype('int32')" in message(check_labels, "f", [0.0, 1.0], 3)
+    assert "got float64. Write labels.astype(np.int32)" in message(check_labels, "f", [0.0, 1.0], 3)
 
 
 ONE = jnp.ones([2])

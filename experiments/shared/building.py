@@ -53,6 +53,8 @@ class Method:
     """What they ask of the trainer for the last part."""
     replays: int = 1
     """How often they ask for each batch."""
+    second_view: bool = False
+    """Whether they ask for each sample augmented twice."""
 
     def __call__(self, numbers: Any) -> tuple:
         """The perturbations and optax links for these numbers."""
@@ -199,6 +201,7 @@ def make_recipe(settings: Settings, dataset: Dataset, method: Method, stats: tup
         accumulate=settings.accumulate, optimizer=settings.optimizer, initial=initial,
         num_domains=None if dataset.train_domains is None else len(dataset.domain_names),
         fine_tuning=getattr(method, "fine_tuning", None), replays=getattr(method, "replays", 1),
+        second_view=getattr(method, "second_view", False),
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class Settings:
 
     data: str = "digits"
     """digits (ships with scikit-learn), an .npz file, a folder of images, cifar10, cifar100 or the authors' binary archive, tfds:NAME;
-    texts: a .csv or .jsonl, a folder with a file per class, an .npz."""
+    texts: a .csv, .tsv or .jsonl, a folder with a file per class, an .npz."""
     view: str = "longtail(50)"
     """What is made of the data, seeded; + chains, none: as is. longtail(ratio), noise(kind, rate), labels(FILE, KEY),
     leave_out(domain), drop_duplicates, validation(share), thin(per_class), shrink(size)."""
@@ -37,7 +37,8 @@ class Settings:
     text_length: int | None = None
     """Words of a text that are read; if not given: those of the longest training text, at most 200."""
     vocabulary: str | None = None
-    """A BERT's vocab.txt; if not given, the words of the training texts are the vocabulary."""
+    """A BERT's vocab.txt; if not given, the words of the training texts are the vocabulary, in scripts without spaces (Chinese,
+    Japanese, Thai ...) their characters; "spaces" or "characters" decides which."""
     vocabulary_size: int | None = None
     """Words of that vocabulary, at most; 25,000 if not given."""
     model: str = "mlp"

@@ -27,6 +27,7 @@ from perturbjax.classes import own_entries
 from perturbjax.data import epoch_order, evaluation_batches
 from perturbjax.feature.adversarial import check_ball, group_ascent, random_start, shifted
 from perturbjax.inference.pgd import pgd
+from perturbjax.label_form import trouble
 from perturbjax.projection import Norm
 
 BATCH = 250
@@ -331,11 +332,10 @@ def _checked(function: str, images: Any, labels: Any, norm: str, **sizes: float 
             f"{function} needs one label for each of at least one image, got {len(images)} images and {len(labels)} labels. "
             "Pass arrays of one length."
         )
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise ValueError(
-            f"{function} needs labels 0, 1, 2, …, got {labels.dtype} from {labels.min():g}. Cast them (labels.astype('int32')), drop those "
-            "below 0."
-        )
+    if wrong := trouble(labels):
+        raise ValueError(f"{function} needs labels 0, 1, 2, …, got {wrong[0]}. {wrong[1]}")
+    if labels.min() < 0:
+        raise ValueError(f"{function} needs labels 0, 1, 2, …, got {labels.min()}. Drop those below 0.")
     if images.dtype == np.uint8:
         return images, labels.astype(np.int32)
     if not np.issubdtype(images.dtype, np.floating):

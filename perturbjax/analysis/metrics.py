@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from perturbjax.label_form import trouble
+
 BALANCED = 1.5
 """How many times the samples of the smallest class the largest one of a balanced test set may have."""
 
@@ -315,10 +317,8 @@ def _checked(function, logits, labels):
 
 def _check_labels(function, labels, num_classes):
     if not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(
-            f"{function} needs integer labels, got {labels.dtype}. "
-            "Write labels.astype(int), or onehot.argmax(-1) for one-hot rows."
-        )
+        got, fix = trouble(labels)
+        raise TypeError(f"{function} needs integer labels, got {got.removeprefix('dtype ')}. {fix}")
     if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
         raise ValueError(
             f"{function} needs labels in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}. "

@@ -89,7 +89,7 @@ def data_loss(model: Any, inputs: np.ndarray, labels: np.ndarray, *, stats: Any 
         raise ValueError(
             f"data_loss needs inputs [N, ...] and labels [N], got {inputs.shape} and {labels.shape}. Write labels.ravel()."
         )
-    check_labels("data_loss", labels, int(labels.max()) + 1)
+    check_labels("data_loss", labels, int(labels.max()) + 1 if np.issubdtype(labels.dtype, np.integer) else 1)
     apply = _of_module(model) if hasattr(model, "apply") else _of_function(model)
     return DataLoss(apply, stats or {}, inputs, labels.astype(np.int32), min(batch_size, len(labels)))
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from perturbjax.data.agreement import check_ranges, renewed, untested
 from perturbjax.data.text import Tokenizer
+from perturbjax.label_form import trouble
 
 PARTS = ("train_images", "test_images", "validation_images")
 BLOCK, BLOCK_VALUES = 1024, 2**22  # images, and pixel values, worked on at a time: nothing needs a copy of a large set
@@ -135,6 +136,8 @@ def check(dataset: Dataset) -> Dataset:
     train_images = as_inputs("train_images" + of, d.train_images)
     test_images = as_inputs("test_images" + of, d.test_images)
     same_images("test_images" + of, test_images, train_images)
+    for part in ("train_labels", "test_labels"):
+        check_form(part + of, getattr(d, part))
     names = name_classes(d.class_names, np.asarray(d.train_labels), np.asarray(d.test_labels))
     labels = lambda key, values, length: as_labels(key + of, values, length, len(names))
     train_labels = labels("train_labels", d.train_labels, len(train_images))
@@ -305,18 +308,10 @@ def same_images(what: str, images: np.ndarray, train_images: np.ndarray) -> None
 
 def as_labels(what: str, labels: np.ndarray, length: int, num_classes: int) -> np.ndarray:
     """[length] int32 in 0..num_classes-1, from integers [length] or [length, 1]; `what` names the array in errors."""
+    check_form(what, labels)
     labels = np.asarray(labels)
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"check needs {what} as integers, got dtype {labels.dtype}. "
-            "Write labels.astype(np.int32), or np.unique(labels, return_inverse=True)[1] for names."
-        )
-    if labels.ndim == 2 and labels.shape[1] == 1:  # Keras writes CIFAR's labels like this
+    if labels.ndim == 2:  # Keras writes CIFAR's labels as [N, 1]
         labels = labels[:, 0]
-    if labels.ndim != 1:
-        raise ValueError(
-            f"check needs {what} as [N], got shape {list(labels.shape)}. Write labels.argmax(-1) for one-hot rows."
-        )
     if len(labels) != length:
         raise ValueError(
             f"check needs {what}, one for each of the {length} images, got {len(labels)}. "
@@ -330,6 +325,12 @@ def as_labels(what: str, labels: np.ndarray, length: int, num_classes: int) -> n
             "Drop these samples, name every class, or renumber: np.unique(labels, return_inverse=True)[1]."
         )
     return labels.astype(np.int32, copy=False)  # the same array for all seeds: it lies on the device once
+
+
+def check_form(what: str, labels) -> None:
+    """Raises ValueError for labels that are no integers [N] or [N, 1]: says what they are, which rows, and what to write."""
+    if wrong := trouble(labels):
+        raise ValueError(f"check needs {what} as integers, got {wrong[0]}. {wrong[1]}")
 
 
 def name_classes(names, *labels: np.ndarray) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import pathlib
+import unicodedata
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from perturbjax.checks import nearest
+from perturbjax.data.encoding import DELIMITERS, read_text
+from perturbjax.label_form import folded, is_missing, pairs, positions, spellings, trouble
 
 TEXT = (".txt", ".csv")
 CLEAN = "clean_label"  # CIFAR-N's files hold the authors' labels under this key
@@ -42,11 +45,8 @@ def read_labels(file: str | pathlib.Path, key: str | None = None) -> LabelFile:
     where = repr(path.name) if key is None else f"{key!r} of {path.name!r}"
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
-    if values.ndim != 1 or values.dtype.kind not in "iuU":
-        raise ValueError(
-            f"labels needs integers or class names [N], got {values.dtype} {list(values.shape)} in {where}. "
-            "Write labels.argmax(-1) for one row of scores a sample, labels.astype(int) for whole numbers."
-        )
+    if (values.ndim != 1 or values.dtype.kind != "U") and (wrong := trouble(values)):
+        raise ValueError(f"labels needs integers or class names [N], got {wrong[0]} in {where}. {wrong[1]}")
     return LabelFile(where, values, clean)
 
 
@@ -54,14 +54,24 @@ def as_numbers(labels: LabelFile, class_names: tuple[str, ...]) -> np.ndarray:
     """[N] int32 in 0..C-1. Text is taken as class names if every line is one, or else as integers."""
     values = labels.values
     if values.dtype.kind == "U":
-        number = {name: n for n, name in enumerate(class_names)}
+        composed = lambda name: unicodedata.normalize("NFC", name)  # as stored by one system or another, it looks the same
+        values = np.array([composed(value) for value in values.tolist()])
+        number = {composed(name): n for n, name in enumerate(class_names)}
         unknown = [n for n, value in enumerate(values) if value not in number]
         if not unknown:
             return np.array([number[value] for value in values.tolist()], np.int32)
+        _check_texts(labels.where, values, unknown)
         try:
             values = np.array([int(value) for value in values.tolist()])
         except ValueError:
             n = next(n for n in unknown if not values[n].lstrip("-").isdecimal())
+            meant = {folded(name): name for name in (*map(str, range(len(class_names))), *class_names)}.get(folded(values[n]))
+            if meant is not None:
+                count = sum(value == values[n] for value in values)
+                raise ValueError(
+                    f"labels needs the classes as the data has them, got {str(values[n])!r} for sample {n} in {labels.where} ({count} such "
+                    f"labels). Write {meant!r}."
+                ) from None
             hint = "Remove the heading. " if n == 0 else ""
             raise ValueError(
                 f"labels needs an integer or a class name for every sample, got {str(values[n])!r} for sample {n} in "
@@ -74,6 +84,21 @@ def as_numbers(labels: LabelFile, class_names: tuple[str, ...]) -> np.ndarray:
             f"({wrong.size} such labels). Renumber them: the first class of {len(class_names)} is 0."
         )
     return values.astype(np.int32)
+
+
+def _check_texts(where: str, values: np.ndarray, unknown: list[int]) -> None:
+    """Raises ValueError for lines without a label, and for labels that seem to be one class, differently written."""
+    missing = np.isin(np.arange(len(values)), [n for n in unknown if is_missing(str(values[n]))])
+    if missing.any():
+        raise ValueError(
+            f"labels needs an integer or a class name for every sample, got none for {positions(missing, 'sample')} in {where}. "
+            "Write their labels: the file has one for every sample of the data, in its order."
+        )
+    strange = {str(values[n]) for n in unknown}
+    if groups := [group for group in spellings(values.tolist()) if strange.intersection(group)]:
+        raise ValueError(
+            f"labels needs one way of writing each class, got {pairs(groups)} in {where}. Write one of them in all lines."
+        )
 
 
 def _arrays(path: pathlib.Path, key: str | None) -> tuple[np.ndarray, np.ndarray | None, str | None]:
@@ -112,18 +137,15 @@ def _chosen(path: pathlib.Path, found: list[str], key: str | None) -> str:
 
 def _lines(path: pathlib.Path) -> list[str]:
     """One label a line; empty lines at the end don't count."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin with a mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"labels needs text in UTF-8, got {path.name!r} ({error}). Save it as UTF-8.") from error
-    lines = text.rstrip().splitlines()
+    lines = read_text("labels", path).rstrip().splitlines()
     if path.suffix == ".txt":
         return [line.strip() for line in lines]
-    rows = list(csv.reader(lines))
-    wide = next((n for n, row in enumerate(rows) if len(row) != 1), None)
-    if wide is not None:
-        raise ValueError(
-            f"labels needs one label a line, got {len(rows[wide])} columns in line {wide + 1} of {path.name!r}. "
-            "Keep the column of the labels only, in the order of the data."
-        )
-    return [row[0].strip() for row in rows]
+    for mark, called in DELIMITERS.items():
+        rows = list(csv.reader(lines, delimiter=mark))
+        wide = next((n for n, row in enumerate(rows) if len(row) > 1), None)
+        if wide is not None and (mark == "," or all(len(row) > 1 for row in rows)):  # the others may be in a class's name
+            raise ValueError(
+                f"labels needs one label a line, got {len(rows[wide])} columns in line {wide + 1} of {path.name!r}, separated by {called}. "
+                "Keep the column of the labels only, in the order of the data."
+            )
+    return ["".join(row).strip() for row in rows]

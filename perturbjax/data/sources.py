@@ -47,8 +47,9 @@ def load(
           ~/.cache/perturbjax/data. Or the path of that archive or folder.
         - "tfds:NAME", "tfds:NAME/CONFIG", "tfds:NAME:VERSION": a set that tensorflow_datasets has prepared as array_record
           in $TFDS_DATA_DIR or ~/tensorflow_datasets; or "tfds:FOLDER", the prepared folder itself.
-        - Texts: a .csv or .jsonl (or .csv.xz, .jsonl.gz, ...) with a text and a label in every row, named so (or sentence, review,
-          content; class, category, sentiment, target), and a split (train, test, validation) if there is one; a folder with
+        - Texts: a .csv, .tsv or .jsonl (or .csv.xz, .jsonl.gz, ...) with a text and a label in every row, named so (or sentence,
+          review, content; class, category, sentiment, target), and a split (train, test, validation) if there is one; columns
+          between commas, semicolons, tabs or bars, in UTF-8 or UTF-16, each class written in one way; a folder with
           train.csv and test.csv, or the like; a folder with a file per class, one text a line, FOLDER/class.txt or
           FOLDER/train/class.txt; an .npz with train_text, train_labels, test_text, test_labels, or text and labels, the texts as
           strings or as UTF-8 bytes beside ..._offsets. Labels in files are class names, numbered in their order.
@@ -60,7 +61,9 @@ def load(
       skip_damaged: of folders: images that can't be decoded are left out, and a note names them. False: they are an error.
       text_length: of texts: words that are read of each. None: as many as the longest training text has, but at most 200.
       vocabulary: of texts: a BERT's vocab.txt, whose word pieces the texts are cut into; or the `tokenizer` of another Dataset.
-        None: what stands between white space in the training texts, in lower case.
+        None: what stands between white space in the training texts, in lower case; in scripts without spaces between words
+        (Chinese, Japanese, Thai ...) each character, unless the texts have spaces between words all the same. "spaces" and
+        "characters" decide that.
       vocabulary_size, min_count: of that: its words at most (25,000 if not given), and how often a word must occur (once).
 
     A validation set is the test set where there is no other (a note says so). A source with neither (digits, single sets)

@@ -8,20 +8,20 @@ Word 0 is the padding, so that `tokens != 0` says which positions count.
 import collections
 import dataclasses
 import functools
-import gzip
-import lzma
 import math
 import pathlib
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TextIO
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+
+from perturbjax.data import unspaced
+from perturbjax.data.encoding import open_text, read_text, reading
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 SIZE, LENGTH = 25_000, 200  # words of a vocabulary, words of a text, if nothing is said
 LONGEST_WORD = 100  # characters; BERT takes longer ones for unknown
-OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -46,9 +46,17 @@ class Tokenizer:
         """The numbers as they stand in a row of that length, still without padding."""
         return numbers[:length]
 
+    @property
+    def unknown(self) -> int:
+        """The number of all words that are not among these."""
+        raise NotImplementedError
+
     def rows(self, texts: Iterable[str], length: int | None = None) -> np.ndarray:
         """[N, L] int32. length: L; None: as long as the longest text needs, but at most 200."""
-        found = [self.numbers(text) for text in texts]
+        return self.stack([self.numbers(text) for text in texts], length)
+
+    def stack(self, found: Sequence[list[int]], length: int | None = None) -> np.ndarray:
+        """The rows of texts whose `numbers` are known."""
         if length is None:
             length = min(LENGTH, max((len(self.row(numbers, 2**31)) for numbers in found), default=1))
         out = np.zeros([len(found), length], np.int32)
@@ -62,34 +70,54 @@ class Tokenizer:
         return " ".join(self.words[n] for n in row if n)
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Words(Tokenizer):
     """What stands between white space, as a word; `build_words` counts them in the training texts."""
 
+    characters: bool = False
+    """Whether in scripts without spaces between words each character is one (see `perturbjax.data.unspaced`)."""
+
+    @property
+    def unknown(self):
+        return self.number[UNKNOWN]
+
     def numbers(self, text):
-        number, unknown = self.number, self.number[UNKNOWN]
+        number, unknown = self.number, self.unknown
         # A word that is spelled like the padding is none.
-        return [number.get(word) or unknown for word in (text.lower() if self.lower else text).split()] or [unknown]
+        return [number.get(word) or unknown for word in self.cut(text)] or [unknown]
+
+    def cut(self, text: str) -> list[str]:
+        """The words of a text, in Unicode's composed form."""
+        text = unicodedata.normalize("NFC", text.lower() if self.lower else text)
+        return unspaced.cut(text) if self.characters else text.split()
 
 
-def build_words(texts: Iterable[str], *, size: int = SIZE, min_count: int = 1) -> Words:
+def build_words(texts: Sequence[str], *, size: int = SIZE, min_count: int = 1, characters: bool | None = None) -> Words:
     """The vocabulary of the texts: padding, unknown, then the most frequent words in lower case, equal counts by spelling.
 
     Args:
       size: of the vocabulary at most, with those two. min_count: rarer words are unknown ones.
+      characters: whether in scripts without spaces between words (Chinese, Japanese, Thai ...) each character is a word; None: if
+        these texts have such, and no spaces between their words.
 
     >>> build_words(["a good film", "a bad film", "Good !"]).words
     ('<pad>', '<unk>', 'a', 'film', 'good', '!', 'bad')
+    >>> build_words(["好看", "不好看", "DVD好"]).words
+    ('<pad>', '<unk>', '好', '看', 'dvd', '不')
     """
     if size < 3 or min_count < 1:
         raise ValueError(
             f"build_words needs size >= 3 (padding, unknown and a word) and min_count >= 1, got {size} and {min_count}. "
             f"Write size={SIZE}, min_count=1."
         )
-    counts = collections.Counter(word for text in texts for word in text.lower().split())
+    if characters is None:
+        characters = unspaced.count(texts) > 0 and not unspaced.has_spaces(texts)
+    cut = Words((), characters=characters).cut
+    counts = collections.Counter(word for text in texts for word in cut(text))
     for special in (PAD, UNKNOWN):  # a text may hold them
         counts.pop(special, None)
     kept = sorted((-count, word) for word, count in counts.items() if count >= min_count)
-    return Words((PAD, UNKNOWN, *(word for _, word in kept[: size - 2])))
+    return Words((PAD, UNKNOWN, *(word for _, word in kept[: size - 2])), characters=characters)
 
 
 class WordPieces(Tokenizer):
@@ -98,6 +126,10 @@ class WordPieces(Tokenizer):
     As BertTokenizer does it, but that "[SEP]" within a text is text. `read_pieces` reads the pieces from a vocab.txt.
     Source: Devlin et al., "BERT", NAACL 2019, and the code published with it (tokenization.py).
     """
+
+    @property
+    def unknown(self):
+        return self.number["[UNK]"]
 
     def numbers(self, text):
         text = unicodedata.normalize("NFD", text.lower()) if self.lower else unicodedata.normalize("NFC", text)
@@ -117,7 +149,7 @@ class WordPieces(Tokenizer):
         return {}
 
     def _cut(self, word: str) -> list[int]:
-        unknown, found, start = [self.number["[UNK]"]], [], 0
+        unknown, found, start = [self.unknown], [], 0
         if len(word) > LONGEST_WORD:
             return unknown
         while start < len(word):
@@ -165,10 +197,7 @@ def read_pieces(file: str | pathlib.Path) -> WordPieces:
     path = pathlib.Path(file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"read_pieces needs a vocab.txt, got {str(path)!r}, where there is no file. Check the path.")
-    try:
-        words = tuple(line.rstrip("\r") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"read_pieces needs a vocab.txt in UTF-8, got {path.name!r} ({error}). Fetch it again.") from error
+    words = tuple(line.rstrip("\r") for line in read_text("read_pieces", path).rstrip("\n").split("\n"))
     missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in words]
     if missing or words[0] != "[PAD]":
         got = f"none of {', '.join(missing)}" if missing else f"{words[0]!r} there"
@@ -257,23 +286,6 @@ def _lines(path: pathlib.Path):
     with open_text(path) as stream:
         for line in reading(path, stream):
             yield line.rstrip("\r\n ")
-
-
-def open_text(path: pathlib.Path, encoding: str = "utf-8-sig") -> TextIO:
-    """The file as text, unpacked if it is .gz or .xz."""
-    return OPENERS.get(path.suffix, open)(path, "rt", encoding=encoding, newline="")
-
-
-def reading(path: pathlib.Path, stream: Iterable[str]) -> Iterable[str]:
-    """The same lines; a damaged file or another encoding becomes an error that names the file."""
-    try:
-        yield from stream
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"load needs text in UTF-8, got {str(path)!r} ({error.reason} at byte {error.start}). Convert it: iconv -f latin1 -t utf-8."
-        ) from error
-    except (EOFError, lzma.LZMAError, OSError) as error:
-        raise ValueError(f"load needs a whole file, got {str(path)!r} ({error}). Copy it again.") from error
 
 
 def pack(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:

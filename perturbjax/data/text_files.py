@@ -1,29 +1,30 @@
-"""Texts and their labels from files: .csv and .jsonl (packed or not), the arrays of an .npz, a folder with a file per class."""
+"""Texts and their labels from files: .csv, .tsv and .jsonl (packed or not), the arrays of an .npz, a folder with a file per class."""
 
 import collections
-import csv
 import dataclasses
-import json
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from perturbjax.data import unspaced
 from perturbjax.data.arrange import Part, from_parts
 from perturbjax.data.dataset import Dataset, as_labels, check, name_classes
+from perturbjax.data.encoding import encoding_of, foreign, is_western
 from perturbjax.data.folder import BESIDE, IMAGES, SPLITS, in_order, listed
-from perturbjax.data.text import SIZE, Tokenizer, build_words, objects, open_text, read_pieces, reading, unpack
+from perturbjax.data.rows import TABLES, Row, by_split, is_table, read_rows
+from perturbjax.data.text import SIZE, Tokenizer, Words, build_words, objects, read_pieces, unpack
+from perturbjax.label_form import SHOWN, spellings
 
-KEYS = {  # columns of a .csv, keys of a .jsonl: the first that there is
-    "text": ("text", "sentence", "review", "content"),
-    "label": ("label", "class", "category", "sentiment", "target"),
-    "split": ("split",),
-}
-TABLES = re.compile(r"\.(csv|jsonl)(\.xz|\.gz)?$", re.IGNORECASE)
 NO_CLASS = re.compile(r"^(readme|licen[sc]e|changelog|vocab)\b", re.IGNORECASE)  # text files that hold no samples
+CUTS = ("spaces", "characters")
+"""What may stand for a vocabulary: the words of the training texts, in scripts without spaces too, or there the characters."""
+UNKNOWN_SHARE = 0.5
+NOT_SEEN = "they are in no training text, or too rare there. Are there spaces between the words?"
+NOT_PIECES = "the vocabulary has no pieces for them. Take one of the texts' language."
 ONE_EACH = "FOLDER/class.txt with one text a line, or FOLDER/train/class.txt and FOLDER/test/class.txt"
 
 
@@ -42,7 +43,7 @@ class TextForm:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 flag = {"length": "text_length", "size": "vocabulary_size", "min_count": "min_count"}[name]
                 raise ValueError(f"load needs {flag} as a whole number of at least {low}, got {value!r}. Leave it out.")
-        if self.vocabulary is not None and (self.size or self.min_count):
+        if self.vocabulary is not None and self.vocabulary not in CUTS and (self.size or self.min_count):
             raise ValueError(
                 "load needs vocabulary_size and min_count only where the training texts make the vocabulary, got them beside "
                 f"{self.vocabulary!r}. Leave them out."
@@ -57,21 +58,17 @@ class TextForm:
         """The vocabulary of these training texts, or the one that is given."""
         if isinstance(self.vocabulary, Tokenizer):
             return self.vocabulary
-        if self.vocabulary is not None:
+        if self.vocabulary is not None and self.vocabulary not in CUTS:
             return read_pieces(self.vocabulary)
-        return build_words(texts, size=self.size or SIZE, min_count=self.min_count or 1)
-
-
-def is_table(path: pathlib.Path) -> bool:
-    """Whether the name is that of a .csv or .jsonl, packed or not."""
-    return TABLES.search(path.name) is not None
+        characters = None if self.vocabulary is None else self.vocabulary == "characters"
+        return build_words(texts, size=self.size or SIZE, min_count=self.min_count or 1, characters=characters)
 
 
 def is_folder(folder: pathlib.Path) -> bool:
     """Whether a folder holds texts: train.csv or the like, a file per class, or train and test with a file per class in each."""
-    if _tables(folder):
-        return True
     files, folders = _entries(folder)
+    if _tables(folder):  # beside images they tell something of these
+        return not any(file.suffix.lower() in IMAGES for sub in folders for file in sub.rglob("*"))
     if (folder / "dataset_info.json").is_file() or any(file.suffix.lower() in IMAGES for file in files):
         return False
     if folders:
@@ -81,15 +78,16 @@ def is_folder(folder: pathlib.Path) -> bool:
 
 
 def read_table(path: pathlib.Path, form: TextForm) -> Dataset:
-    """A .csv or .jsonl; its column `split` says train, test or validation where there is one."""
-    return _dataset(TABLES.sub("", path.name), _by_split(path, _rows(path)), form, ())
+    """A .csv, .tsv or .jsonl; its column `split` says train, test or validation where there is one."""
+    notes = list[str]()
+    return _dataset(TABLES.sub("", path.name), by_split(path, read_rows(path, notes), SPLITS), form, notes)
 
 
 def read_folder(folder: pathlib.Path, form: TextForm) -> Dataset:
     """A folder of texts. See `is_folder`."""
     name, notes = folder.resolve().name, list[str]()
     if tables := _tables(folder):
-        return _dataset(name, {split: list(_rows(path)) for split, path in tables.items()}, form, notes)
+        return _dataset(name, {split: read_rows(path, notes) for split, path in tables.items()}, form, notes)
     folders = _entries(folder)[1]
     splits = {SPLITS[sub.name.lower()]: sub for sub in folders} if folders else {"train": folder}
     if len(splits) < len(folders) or "train" not in splits:
@@ -98,7 +96,7 @@ def read_folder(folder: pathlib.Path, form: TextForm) -> Dataset:
             "Name one folder train, and at most one test and one val."
         )
     latin = list[str]()
-    parts = {split: list(_lines_by_class(sub, latin)) for split, sub in splits.items()}
+    parts = {split: list(_lines_by_class(sub, latin, notes)) for split, sub in splits.items()}
     if latin:
         notes.append(f"{name}: {listed(latin)} read as Latin-1, not being UTF-8.")
     if ignored := [file.name for file in _entries(folder)[0] if folders or file not in _class_files(folder).values()]:
@@ -126,16 +124,11 @@ def read_arrays(name: str, values: Mapping[str, np.ndarray], form: TextForm) -> 
     return _encoded(name, checked, names, form, (), values.get("train_index"))
 
 
-class _Row(NamedTuple):
-    text: str
-    label: str
-    split: str | None = None
-
-
-def _dataset(name: str, parts: Mapping[str, Sequence[_Row]], form: TextForm, notes: Sequence[str]) -> Dataset:
+def _dataset(name: str, parts: Mapping[str, Sequence[Row]], form: TextForm, notes: list[str]) -> Dataset:
     """Rows by split, whose classes are the labels that the training rows have, in order."""
     if not parts.get("train"):
         raise ValueError(f"load needs training texts in {name}, got none. Give a row for each text, or name the part train.")
+    parts = _one_class_each(name, parts, notes)
     class_names = in_order({row.label for row in parts["train"]})
     number = {label: n for n, label in enumerate(class_names)}
     made = {}
@@ -150,6 +143,28 @@ def _dataset(name: str, parts: Mapping[str, Sequence[_Row]], form: TextForm, not
     return _encoded(name, made, class_names, form, notes)
 
 
+def _one_class_each(name: str, parts: Mapping[str, Sequence[Row]], notes: list[str]) -> dict[str, list[Row]]:
+    """The rows with labels in Unicode's composed form. Raises ValueError for labels that seem to be one class, differently written."""
+    written = collections.Counter(row.label for rows in parts.values() for row in rows)
+    composed = {label: unicodedata.normalize("NFC", label) for label in written}
+    twice = [label for label in written if composed[label] != label and composed[label] in written]
+    if twice:
+        listed = ", ".join(composed[label] for label in twice[:SHOWN])
+        notes.append(f"{name}: labels that only differ in how their accents are stored are one class ({listed}).")
+    if groups := spellings(composed.values()):
+        first = {row.label: row.number for rows in reversed(list(parts.values())) for row in reversed(rows)}
+        place = lambda label: "" if first[label] is None else f", the first in row {first[label]}"
+        texts = lambda label: f"{label!r} ({written[label]} text{'s' * (written[label] != 1)}{place(label)})"
+        shown = "; ".join(
+            " and ".join(texts(label) for label in written if composed[label] in group) for group in groups[:SHOWN]
+        )
+        raise ValueError(
+            f"load needs one way of writing each class of {name}, got {shown}{'; ...' * (len(groups) > SHOWN)}. Write one of them in all "
+            "rows; for two classes, names that differ in more than case, spaces or a number's form."
+        )
+    return {split: [row._replace(label=composed[row.label]) for row in rows] for split, rows in parts.items()}
+
+
 def _encoded(
     name: str,
     parts: Mapping[str, Part],
@@ -161,104 +176,42 @@ def _encoded(
     """The parts as tokens. The vocabulary is made of what is trained on, once a test set is split off."""
     chosen: list[Part] = []
     tokenizer: list[Tokenizer] = []
+    said: list[str] = []
 
     def rows(of: list[Part]) -> list[np.ndarray]:
         chosen.extend(of)
         tokenizer.append(form.tokenizer(of[0].items))
-        train = tokenizer[0].rows(of[0].items, form.length)
-        return [train, *(tokenizer[0].rows(part.items, train.shape[1]) for part in of[1:])]
+        found = [[tokenizer[0].numbers(text) for text in part.items] for part in of]
+        train = tokenizer[0].stack(found[0], form.length)
+        said.extend(_notes(form, tokenizer[0], of[0].items, found, train.shape[1]))
+        return [train, *(tokenizer[0].stack(numbers, train.shape[1]) for numbers in found[1:])]
 
     made = from_parts(name, parts, rows, class_names=class_names, notes=notes)
     texts = dict(zip(("train_texts", "test_texts", "validation_texts"), (part.items for part in chosen)))
     empty = sum(not text.strip() for part in chosen for text in part.items)
-    notes = (*made.notes, f"{name}: {empty} texts have no word.") if empty else made.notes
+    said += [f"{empty} texts have no word."] if empty else []
+    notes = (*made.notes, *(f"{name}: {note}" for note in said))
     index = {} if train_index is None else {"train_index": train_index, "source_size": None}
     return check(dataclasses.replace(made, tokenizer=tokenizer[0], notes=notes, **texts, **index))
 
 
-def _by_split(path: pathlib.Path, rows: Iterator[_Row]) -> dict[str, list[_Row]]:
-    parts = collections.defaultdict[str, list[_Row]](list)
-    for number, row in enumerate(rows, start=1):
-        split = "train" if row.split is None else SPLITS.get(row.split.strip().lower())
-        if split is None:
-            raise ValueError(
-                f"load needs a split of train, test or validation in every row of {str(path)!r}, got {row.split!r} in row {number}. "
-                "Rename it, or drop the column."
-            )
-        parts[split].append(row)
-    return parts
-
-
-def _rows(path: pathlib.Path) -> Iterator[_Row]:
-    """The rows of a .csv or .jsonl."""
-    read = _csv_rows if TABLES.search(path.name)[1].lower() == "csv" else _json_rows
-    with open_text(path) as stream:
-        yield from read(path, reading(path, stream))
-
-
-def _csv_rows(path: pathlib.Path, lines: Iterator[str]) -> Iterator[_Row]:
-    reader = csv.reader(lines)
-    try:
-        header = [name.strip().lower() for name in next(reader, [])]
-        got = f"the columns {', '.join(header)}" if header else "an empty file"
-        text, label, split = (_key(path, what, header, got) for what in KEYS)
-        for number, values in enumerate(reader, start=1):
-            if not values:
-                continue
-            if len(values) != len(header):
-                raise ValueError(
-                    f"load needs {len(header)} columns in every row of {str(path)!r}, got {len(values)} in row {number}. "
-                    "Put texts with commas, quotes or line breaks into quotes: csv.writer(file).writerow([text, label])."
-                )
-            row = dict(zip(header, values))
-            yield _row(path, number, row[text], row[label], row.get(split))
-    except csv.Error as error:
-        raise ValueError(f"load needs a .csv, got {str(path)!r} ({error}). Write it with csv.writer.") from error
-
-
-def _json_rows(path: pathlib.Path, lines: Iterator[str]) -> Iterator[_Row]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"load needs one JSON object a line in {str(path)!r}, got {line.strip()[:60]!r} in line {number}. "
-                "Write json.dumps(dict(text=..., label=...)) and a line break for each text."
-            )
-        got = f"the keys {', '.join(row) or '(none)'} in line {number}"
-        text, label, split = (_key(path, what, row, got) for what in KEYS)
-        yield _row(path, number, row[text], row[label], row.get(split))
-
-
-def _key(path: pathlib.Path, what: str, names: Collection[str], got: str) -> str | None:
-    """The name under which the text, the label or the split stands; the split may have none."""
-    name = next((name for name in KEYS[what] if name in names), None)
-    if name is None and what != "split":
-        raise ValueError(
-            f"load needs a {what} in every row of {str(path)!r} (named {' or '.join(KEYS[what])}), got {got}. "
-            f"Rename the one that holds it to {what!r}; a .csv begins with the line text,label."
+def _notes(
+    form: TextForm, tokenizer: Tokenizer, texts: Sequence[str], found: Sequence[list[list[int]]], length: int
+) -> Iterator[str]:
+    """What people should know of how the texts (of training) became the numbers `found` (of all parts) and rows of that length."""
+    if isinstance(tokenizer, Words) and (count := unspaced.count(texts)):
+        have = f"{count} of {len(texts)} training texts {'has' if count == 1 else 'have'} letters of a script that puts no spaces between words"
+        yield (
+            f"{have}; each of its characters is a word. For longer words put spaces between them, or give a BERT's vocab.txt (--vocabulary)."
+            if tokenizer.characters
+            else f"{have}; what stands between the spaces that are there is a word. --vocabulary characters makes each character one."
         )
-    return name
-
-
-def _row(path: pathlib.Path, number: int, text, label, split) -> _Row:
-    if not isinstance(text, str):
-        raise ValueError(
-            f"load needs text in every row of {str(path)!r}, got {text!r} in row {number}. Drop that row, or write its text."
-        )
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)  # pandas writes whole numbers so where some are missing
-    label = label.strip() if isinstance(label, str) else str(label) if isinstance(label, int) else ""
-    if not label:
-        raise ValueError(
-            f"load needs a label (a name or a whole number) in every row of {str(path)!r}, got none in row {number}. "
-            "Drop the rows without one."
-        )
-    return _Row(text, label, None if split is None else str(split))
+    unknown = np.mean([number == tokenizer.unknown for numbers in found[1] for number in numbers] or [False])
+    if unknown > UNKNOWN_SHARE:
+        yield f"{unknown:.0%} of the test texts' words are unknown: {NOT_SEEN if isinstance(tokenizer, Words) else NOT_PIECES}"
+    cut = sum(len(tokenizer.row(numbers, 2**31)) > length for numbers in found[0])
+    if cut and form.length is None:
+        yield f"{cut} of {len(texts)} training texts are longer than {length} words, and cut there. --text-length reads more of them."
 
 
 def _tables(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -292,16 +245,21 @@ def _class_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return {file.suffix[1:]: file for file in named} if same else {}
 
 
-def _lines_by_class(folder: pathlib.Path, latin: list[str]) -> Iterator[_Row]:
-    """The lines of each class; adds the names of files that are not UTF-8 to `latin`."""
+def _lines_by_class(folder: pathlib.Path, latin: list[str], notes: list[str]) -> Iterator[Row]:
+    """The lines of each class; adds the names of files that are read as Latin-1 to `latin`."""
     for label, file in _class_files(folder).items():
         data = file.read_bytes()
+        encoding = encoding_of(data)
         try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError:
+            text = data.decode(encoding)
+            if not encoding.startswith("utf-8"):
+                notes.append(f"{file.name}: read as {encoding.upper()}.")
+        except UnicodeError as error:
+            if not is_western(data):
+                raise ValueError(f"load needs text in UTF-8, got {str(file)!r}. {foreign(data, file)}") from error
             text = data.decode("latin-1")
             latin.append(file.name)
         lines = [line.strip() for line in text.replace("\r\n", "\n").split("\n")]
         if not any(lines):
             raise ValueError(f"load needs a text in every class, got an empty file {str(file)!r}. Use {ONE_EACH}.")
-        yield from (_Row(line, label) for line in lines if line)
+        yield from (Row(line, label) for line in lines if line)

@@ -64,6 +64,8 @@ class Recipe:
     replays: int = 1
     """m, how often each batch, augmented once, is taken in a row, for free adversarial training. An epoch has as many steps as ever, hence
     N/m samples, also for methods that do something every epoch; `accumulate` then averages over replays, too."""
+    second_view: bool = False
+    """Whether links find each sample, augmented once more, in side["second_view"]."""
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -254,11 +256,16 @@ def draw_batch(recipe: Recipe, state: TrainState, data: DeviceData, index: jax.A
     images: [B, H, W, channels] of these samples where they are streamed; None: they are in `data`.
     """
     images = data.images[index] if images is None else images
-    if recipe.augmentation:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step // recipe.replays)
-        images = recipe.augmentation(images, key, index)
+
+    def view(stream):
+        if not recipe.augmentation:
+            return pixels(images)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, stream), state.step // recipe.replays)
+        return pixels(recipe.augmentation(images, key, index))
+
     side = {} if data.domains is None else {"domain": data.domains[index]}
-    return Batch(pixels(images), data.labels[index], index=index, side=side)
+    side |= {"second_view": view(2)} if recipe.second_view else {}
+    return Batch(view(1), data.labels[index], index=index, side=side)
 
 
 def evaluate_loss(

@@ -161,8 +161,8 @@ def test_bad_images_are_errors_that_say_what_to_write():
         pa.attacked_accuracy(linear, IMAGES.astype(np.int32), BOTH)
     with pytest.raises(ValueError, match="needs one label for each of at least one image, got 60 images and 59 labels"):
         pa.clean_accuracy(linear, IMAGES, BOTH[:-1])
-    for labels, dtype in ((BOTH.astype(float), "float64"), (BOTH - 1, r"int\d+ from -1")):
-        with pytest.raises(ValueError, match=f"clean_accuracy needs labels 0, 1, 2, …, got {dtype}"):
+    for labels, got in ((BOTH.astype(float), "dtype float64. Write labels.astype"), (BOTH - 1, "-1. Drop those below 0")):
+        with pytest.raises(ValueError, match=f"clean_accuracy needs labels 0, 1, 2, …, got {got}"):
             pa.clean_accuracy(linear, IMAGES, labels)
     with pytest.raises(ValueError, match=r"universal_accuracy needs delta \[G, ...\] for images \(3, 3\), got \(1, 2, 3\)"):
         pa.universal_accuracy(linear, IMAGES, BOTH, np.zeros([1, 2, 3]))

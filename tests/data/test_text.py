@@ -110,7 +110,7 @@ def test_a_vocabulary_that_is_not_there_or_not_text(tmp_path):
     with pytest.raises(FileNotFoundError, match="needs a vocab.txt, got '.*nothing.txt', where there is no file"):
         read_pieces(tmp_path / "nothing.txt")
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="needs a vocab.txt in UTF-8"):
+    with pytest.raises(ValueError, match="read_pieces needs text in UTF-8, got 'x.txt'"):
         read_pieces(tmp_path / "x.txt")
 
 

@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from perturbjax.data import apply_views, check, drop_duplicates, leave_out, load, longtail, noise, shrink, thin, validation
 from perturbjax.data.text import build_words, pack, unpack
@@ -117,6 +118,16 @@ def test_a_folder_of_files_by_split(tmp_path):
         load(tmp_path)
 
 
+def test_a_table_beside_images_is_no_folder_of_texts(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for n in range(4):
+            Image.fromarray(np.full([4, 4], n, np.uint8)).save(tmp_path / "train" / name / f"{n}.png")
+    write_csv(tmp_path / "train.csv", [("0.png", "a")], ("id", "label"))
+    (tmp_path / "test.tsv").write_text("about")
+    assert load(tmp_path).kind == "images"
+
+
 def test_a_folder_with_a_file_for_each_class(tmp_path):
     for label, name in enumerate(("neg", "pos")):
         own = [text for text, of in zip(TEXTS, LABELS) if of == label]
@@ -202,12 +213,13 @@ def test_images_take_no_settings_of_texts(tmp_path):
 
 
 BAD = {
-    "no header": ("x.csv", "3,good\n", "needs a text in every row of .*named text or sentence .*got the columns 3, good. Rename"),
+    "no header": ("x.csv", "3,good\n", "needs a text in every row .*named text or .*columns 3, good .separated by commas, in UTF-8.. Rename"),
     "empty": ("x.csv", "", "got an empty file"),
     "no label": ("x.csv", "text,stars\na,1\n", "needs a label in every row"),
     "short row": ("x.csv", "text,label\na,1\nb\n", "needs 2 columns in every row of .*got 1 in row 2. Put texts with commas"),
     "long row": ("x.csv", "text,label\na, b,1\n", "got 3 in row 1"),
-    "empty label": ("x.csv", "text,label\na,1\nb, \n", r"needs a label \(a name or a whole number\) .*got none in row 2. Drop the rows"),
+    "empty label": ("x.csv", "text,label\na,1\nb, \n", r"needs a label .*got none in row 2 \(''\). Drop the rows without one .row 1 has the first"),
+    "no labels": ("x.csv", "text,label\na,1\nb, \nc,nan\nd,NaN\ne,2\n", r"got none in 3 rows \(2, 3, 4\) \('', 'NaN', 'nan'\)"),
     "header only": ("x.csv", "text,label\n", "needs training texts in x, got none"),
     "one class": ("x.csv", "text,label\na,1\nb,1\n", "at least 2 classes of x, got 1"),
     "a class of the test set": ("x.csv", "text,label,split\na,1,train\nb,0,train\nc,2,test\n", "got '2', of which there is no training"),
@@ -215,9 +227,158 @@ BAD = {
     "no json": ("x.jsonl", "text\n", "got 'text"),
     "no key": ("x.jsonl", '{"label": 1}\n', "got the keys label in line 1. Rename the one that holds it to 'text'"),
     "null": ("x.jsonl", '{"text": null, "label": 1}\n', "needs text in every row of .*, got None in row 1"),
-    "a fraction": ("x.jsonl", '{"text": "a", "label": 0.5}\n', "got none in row 1"),
+    "a fraction": ("x.jsonl", '{"text": "a", "label": 0.5}\n', "got 0.5 in row 1. Cut numbers into classes"),
+    "not a number": ("x.jsonl", '{"text": "a", "label": NaN}\n{"text": "a", "label": null}\n', r"got none in 2 rows \(1, 2\)"),
+    "several": ("x.jsonl", '{"text": "a", "label": ["x", "y"]}\n', r"got \['x', 'y'\] in row 1. Several classes a sample is not what"),
     "nothing": ("x.jsonl", "\n\n", "needs training texts in x, got none"),
 }  # fmt: skip
+
+
+ONE_CLASS = {
+    "case": (["good", "Good", "bad"], r"needs one way of writing each class of x, got 'good' \(4 texts, .* row 1\) and 'Good' \(4 texts, .* row 2\)"),
+    "a number": (["1", "0", "1.0"], r"got '1' \(4 texts, the first in row 1\) and '1.0' \(4 texts, the first in row 3\). Write one of them"),
+    "spaces": (["very good", "very  good", "bad"], "got 'very good' .* and 'very  good'"),
+    "two pairs": (["A", "a", "b", "B"], "'A' .* and 'a' .*; 'b' .* and 'B'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "message"), ONE_CLASS.values(), ids=ONE_CLASS)
+def test_labels_that_seem_to_be_one_class_are_named(tmp_path, names, message):
+    rows = [(f"text {n}", names[n % len(names)]) for n in range(4 * len(names))]
+    with pytest.raises(ValueError, match=message):
+        load(write_csv(tmp_path / "x.csv", rows))
+    parted = [
+        (*row, "train" if n % len(names) != 1 else "test") for n, row in enumerate(rows)
+    ]  # one of them in the test set only
+    with pytest.raises(ValueError, match="one way of writing each class of x, got"):
+        load(write_jsonl(tmp_path / "x.jsonl", parted))
+
+
+def test_files_of_one_class_under_two_names_are_named(tmp_path):
+    (tmp_path / "pos.txt").write_text("fine\n" * 4)
+    (tmp_path / "Pos.txt").write_text("good\n" * 4)
+    (tmp_path / "neg.txt").write_text("bad\n" * 4)
+    with pytest.raises(ValueError, match=r"got 'Pos' \(4 texts\) and 'pos' \(4 texts\). Write"):
+        load(tmp_path)
+
+
+def test_composed_and_decomposed_labels_are_one_class(tmp_path):
+    rows = [(f"text {n}", ["caf\u00e9", "cafe\u0301", " bar "][n % 3]) for n in range(30)]
+    d = load(write_csv(tmp_path / "x.csv", rows))
+    assert d.class_names == ("bar", "caf\u00e9") and sorted(np.bincount([*d.train_labels, *d.test_labels])) == [10, 20]
+    assert d.notes == ("x: labels that only differ in how their accents are stored are one class (caf\u00e9).",)
+
+
+ROWS = [(f'{"je l’ai vu" if n % 2 else "bon"}, été ; n° {n} "x"', ["non", "oui"][n % 2]) for n in range(40)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_delimiters_and_encodings_are_found(tmp_path, delimiter, encoding):
+    with open(tmp_path / "x.csv", "w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([("Label", "Text"), *((label, text) for text, label in ROWS)])
+    d = load(tmp_path / "x.csv")
+    assert texts_of(d) == dict(ROWS)
+    named = {",": (), ";": ("semicolons",), "\t": ("tabs",), "|": ("bars",)}[delimiter]
+    read = () if encoding.startswith("utf-8") else (f"x.csv: read as {encoding.upper()}.",)
+    assert d.notes == tuple(f"x.csv: columns are separated by {name}." for name in named) + read
+
+
+def test_a_spreadsheet_may_say_its_delimiter(tmp_path):
+    (tmp_path / "x.csv").write_text("sep=^\ntext^label\n" + "".join(f"a, b; {n}^{n % 2}\n" for n in range(20)))
+    assert set(texts_of(load(tmp_path / "x.csv"))) == {f"a, b; {n}" for n in range(20)}
+
+
+def test_a_tsv_may_use_quotes_as_characters_or_around_its_texts(tmp_path):
+    lines = [f'"{n} was good , he said\t{n % 2}\n' for n in range(20)] + [f'it was "{n}"\t{n % 2}\n' for n in range(20)]
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "".join(lines))
+    d = load(tmp_path)
+    assert set(texts_of(d)) == {line.split("\t")[0] for line in lines} and d.notes == ()
+    with open(tmp_path / "y.tsv", "w", newline="") as file:
+        rows = [(("tab\there", "line\nhere")[n % 2] + f' "{n}"', str(n % 2)) for n in range(20)]
+        csv.writer(file, delimiter="\t").writerows([("text", "label"), *rows])
+    assert texts_of(load(tmp_path / "y.tsv")) == dict(rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "text;stars\na;1\n",
+            r"needs a label in every row of .*got the columns text, stars \(separated by semicolons, in UTF-8\)",
+        ),
+        ("sentence one\tstars\na\t1\nb\t2\n", r"got the columns sentence one, stars \(separated by tabs, in UTF-8\)"),
+        ("text;label\na;1;2\n", "needs 2 columns in every row of .*got 3 in row 1. Put texts with semicolons, quotes"),
+    ],
+)
+def test_errors_name_the_delimiter_and_the_encoding(tmp_path, content, message):
+    (tmp_path / "x.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text(content, encoding="utf-16")
+    with pytest.raises(ValueError, match=message.replace("UTF-8", "UTF-16")):
+        load(tmp_path / "x.csv")
+
+
+FOREIGN = {
+    "gb18030": "我喜欢这部电影，非常好看",
+    "cp1251": "Очень хороший фильм",
+    "cp874": "หนังเรื่องนี้สนุกมาก",
+    "cp949": "정말 재미있는 영화였다",
+}
+
+
+@pytest.mark.parametrize("encoding", FOREIGN)
+def test_other_encodings_are_shown_and_never_taken_for_latin(tmp_path, encoding):
+    content = "text,label\n" + f"{FOREIGN[encoding]},1\n" * 9
+    (tmp_path / "x.csv").write_bytes(content.encode(encoding))
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "x.csv")
+    assert f"({encoding})" in str(error.value) and FOREIGN[encoding][:8] in str(error.value)
+    assert not {"latin", "1252"} & set(str(error.value).replace("cp", " ").split()) and f"read_text({encoding!r})" in str(
+        error.value
+    )
+    for name in ("neg", "pos"):
+        (tmp_path / f"{name}.txt").write_bytes((FOREIGN[encoding] + "\n").encode(encoding) * 5)
+    (tmp_path / "x.csv").unlink()
+    with pytest.raises(ValueError, match=rf"needs text in UTF-8, got .*neg.txt.*\({encoding}\)"):
+        load(tmp_path)
+
+
+def test_chinese_in_utf_16_is_found_without_a_mark(tmp_path):
+    """Its characters have zeros in their bytes, too (U+4E00), and a long text has few line breaks."""
+    rows = [("一部很好看的电影" * 20 + str(n), "一" if n % 2 else "二") for n in range(20)]
+    for encoding in ("utf-16-le", "utf-16-be"):
+        with open(tmp_path / "x.csv", "w", encoding=encoding, newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *rows])
+        assert texts_of(load(tmp_path / "x.csv")) == dict(rows)
+
+
+def test_one_line_in_another_encoding_is_named(tmp_path):
+    lines = ["text,label", *(f"d\u00e9j\u00e0 vu {n},{n % 2}" for n in range(20))]
+    content = "\n".join(lines).encode().replace("d\u00e9j\u00e0 vu 7".encode(), "na\u00efve 7".encode("latin-1"))
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"x.csv'. Line 9 may say 'naïve 7,1' \(cp1252\) or .*; all before it is UTF-8. Mend that line"
+    ):
+        load(tmp_path / "x.csv")
+
+
+def test_files_by_class_may_be_in_utf_16(tmp_path):
+    for name in ("neg", "pos"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} été\n" * 5, encoding="utf-16")
+    d = load(tmp_path)
+    assert set(d.train_texts) == {"neg été", "pos été"}
+    assert d.notes == ("neg.txt: read as UTF-16.", "pos.txt: read as UTF-16.")
+
+
+def test_a_workbook_is_no_csv(tmp_path):
+    np.savez(tmp_path / "x", a=np.arange(300))
+    (tmp_path / "x.npz").rename(tmp_path / "x.csv")
+    with pytest.raises(
+        ValueError, match="That is a zip archive or an Excel workbook. Unpack it, or save the sheet as CSV UTF-8"
+    ):
+        load(tmp_path / "x.csv")
 
 
 @pytest.mark.parametrize(("file", "content", "message"), BAD.values(), ids=BAD)
@@ -229,7 +390,9 @@ def test_files_that_cannot_be_used(tmp_path, file, content, message):
 
 def test_other_encodings_and_damaged_files_are_named(tmp_path):
     (tmp_path / "x.csv").write_bytes("text,label\nna\u00efve,1\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="needs text in UTF-8, got .*x.csv.*iconv -f latin1 -t utf-8"):
+    with pytest.raises(
+        ValueError, match=r"needs text in UTF-8, got .*x.csv.*'naïve,1' \(cp1252\) or .*read_text\('cp1252'\), 'utf-8'"
+    ):
         load(tmp_path / "x.csv")
     whole = FORMS["jsonl.xz"](tmp_path).read_bytes()
     for damaged in (whole[:-40], b"no xz", whole[:60] + bytes([whole[60] ^ 255]) + whole[61:]):

@@ -382,6 +382,12 @@ def test_labels_from_every_form_of_file(hundred, human):
     assert labels(str(files[4][0]))(hundred, 0).views == ("labels(file=d.txt)",)
 
 
+def test_names_are_the_same_however_their_accents_are_stored(human):
+    d = fake([3, 3], ["caf\u00e9", "na\u00efve"])
+    names = ["cafe\u0301", "nai\u0308ve", "caf\u00e9"] * 2
+    np.testing.assert_array_equal(labels(human[1]("x.txt", names))(d, 0).train_labels, [0, 1, 0] * 2)
+
+
 def test_class_names_that_are_numbers_are_names(human):
     d = fake([2, 2, 2], ["10", "20", "30"])
     _, write = human
@@ -448,14 +454,23 @@ def test_a_file_for_data_in_another_order_is_refused(hundred, human):
         ("x.txt", [0] * 1001, None, "got 1001 in 'x.txt'. Give the labels of the whole set, in its order"),
         ("x.npy", np.arange(1000) % 11, None, "labels in 0..9, got 10 for sample 10 in 'x.npy' (90 such labels). Renumber"),
         ("x.csv", np.arange(1000) % 10 - 1, None, "labels in 0..9, got -1 for sample 0 in 'x.csv' (100 such labels)"),
-        ("x.npy", np.zeros(1000), None, "integers or class names [N], got float64 [1000] in 'x.npy'. Write labels.argmax(-1)"),
-        ("x.npy", np.eye(10, dtype=int), None, "got int64 [10, 10]"),
-        ("x.npy", np.zeros(1000, bool), None, "got bool [1000]"),
+        ("x.npy", np.zeros(1000), None, "integers or class names [N], got dtype float64 in 'x.npy'. Write labels.astype(np.int32)"),
+        ("x.npy", np.where(np.arange(1000) % 500 == 3, np.nan, 0), None, "got nan in 2 rows (3, 503) of float64 in 'x.npy'. Drop them"),
+        ("x.npy", np.eye(10, dtype=int), None, "got shape [10, 10] in 'x.npy'. Write labels.argmax(-1) for one-hot rows"),
+        ("x.npy", np.tri(10, dtype=int), None, "got shape [10, 10] with several classes in 9 rows (1, 2, 3, 4, 5, 6, 7, 8, 9) in 'x.npy'"),
+        ("x.npy", np.zeros(1000, bool), None, "got dtype bool in"),
         ("x.npy", np.array(["cat"], object), None, "plain arrays, got "),
         ("x.txt", ["label", *[3] * 1000], None, "got 'label' for sample 0 in 'x.txt'. Remove the heading. There are: airplane"),
         ("x.txt", ["cat"] * 7 + ["kat"], None, "got 'kat' for sample 7 in 'x.txt'. Did you mean 'cat'?"),
-        ("x.txt", ["0", "", "1"], None, "got '' for sample 1 in 'x.txt'"),
-        ("x.csv", ["1,cat", "2,dog"], None, "one label a line, got 2 columns in line 1 of 'x.csv'. Keep the column"),
+        ("x.txt", ["0", "", "1"], None, "got none for 1 sample (1) in 'x.txt'. Write their labels"),
+        ("x.csv", ["0", "nan", "1", "N/A"], None, "got none for 2 samples (1, 3) in 'x.csv'"),
+        ("x.txt", ["1", "2", "1.0"], None, "one way of writing each class, got '1' and '1.0' in 'x.txt'"),
+        ("x.txt", ["cat", "Cat"], None, "got 'Cat' and 'cat' in 'x.txt'"),
+        ("x.txt", ["0.0", "1.0", "1.0"], None, "the classes as the data has them, got '0.0' for sample 0 in 'x.txt' (1 such labels). Write '0'"),
+        ("x.csv", ["dog", "Cat"], None, "got 'Cat' for sample 1 in 'x.csv' (1 such labels). Write 'cat'"),
+        ("x.csv", ["1,cat", "2,dog"], None, "one label a line, got 2 columns in line 1 of 'x.csv', separated by commas. Keep"),
+        ("x.csv", ["1;cat", "2;dog"], None, "got 2 columns in line 1 of 'x.csv', separated by semicolons. Keep the column"),
+        ("x.csv", ["1\tcat", "2\tdog"], None, "separated by tabs"),
         ("x.txt", [3] * 1000, "worse", "a key for .npz files only, got 'worse' for 'x.txt'"),
         ("x.pt", [3] * 1000, None, "an .npz, .npy, .txt or .csv file, got '"),
     ],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import perturbjax as pj
+from perturbjax.feature.mixup import draw_mixing
 from tests.label.problem import B, C, D, batches, losses, numeric_gradient, run, softmax, weights
 
 COUNTS = np.arange(1, C + 1)
@@ -109,7 +110,53 @@ def test_running_statistics_are_those_of_the_new_batch():
     np.testing.assert_allclose(stats, expected, rtol=1e-9)
 
 
+def test_a_new_view_of_the_last_batch_has_its_own_labels():
+    """View 1 of the new batch and view 2 of the last one, as in the authors' code; kept from when both were drawn."""
+    link, states, w, last = pj.dlb(weight=0.7, temperature=3.0, view="new"), None, weights(), None
+    rng = np.random.default_rng(5)
+    for x, y, _ in batches(3):
+        other = x + 0.3 * rng.normal(size=x.shape)
+        mixed = 0.8 * one_hot(y) + 0.05  # what else is done to the targets of the new batch
+        out, _ = run(w, x, y, link, states=states, side={"second_view": jnp.asarray(other)}, targets=jnp.asarray(mixed))
+        states, expected = out.states, losses(x @ w, mixed).mean()
+        if last is not None:
+            then_x, then_y, then = last
+            again = losses(then_x @ w, one_hot(then_y)).mean()
+            expected = expected / 2 + again / 2 + 0.7 * 9 * kl(then_x @ w, then, 3.0).mean()
+        np.testing.assert_allclose(out.losses.mean(), expected, rtol=1e-9)
+        last, w = (other, y, x @ w), w + 0.1
+
+
+def test_where_both_passes_are_mixed_both_have_mixed_targets():
+    links, states, w, last = pj.chain(pj.dlb(weight=0.7), pj.mixup(alpha=1.0)), None, weights(), None
+    made = pj.objective(pj.line(lambda w, x: x @ w), links, num_classes=C)
+    for number, (x, y, _) in enumerate(batches(3)):
+        key = jax.random.key(number)
+        weight, partner = draw_mixing(jax.random.fold_in(key, 2), B, alpha=1.0)  # mixup is the third link
+        blend = lambda values: float(weight) * values + (1 - float(weight)) * values[np.asarray(partner)]
+        states = made.init(w, jnp.asarray(x)) if states is None else states
+        _, out = made(jnp.asarray(w), states, pj.batch(jnp.asarray(x), jnp.asarray(y)), key=key)
+        states, expected = out.states, losses(blend(x) @ w, blend(one_hot(y))).mean()
+        if last is not None:
+            then_x, then_y, then = last
+            now = blend(then_x) @ w
+            again = losses(now, blend(one_hot(then_y))).mean()
+            expected = expected / 2 + again / 2 + 0.7 * 9 * kl(now, then, 3.0).mean()
+        np.testing.assert_allclose(out.losses.mean(), expected, rtol=1e-6)  # λ is drawn in float32
+        last, w = (x, y, blend(x) @ w), w + 0.1
+
+
+def test_a_new_view_has_to_come_from_somebody():
+    (x, y, _), w = next(batches(1)), weights()
+    with pytest.raises(ValueError, match=r"dlb needs side\['second_view'\] \(8, 5\) for view='new', got none. Write Recipe"):
+        run(w, x, y, pj.dlb(view="new"))
+    with pytest.raises(ValueError, match=r"got \(8, 4\)"):
+        run(w, x, y, pj.dlb(view="new"), side={"second_view": jnp.asarray(x[:, :4])})
+
+
 def test_errors_say_what_was_given():
+    with pytest.raises(ValueError, match="dlb needs view to be one of its names, got 'fresh'"):
+        pj.dlb(view="fresh")
     with pytest.raises(ValueError, match="dlb needs temperature > 0, got 0"):
         pj.dlb(temperature=0)
     with pytest.raises(ValueError, match="dlb needs weight >= 0, got -1"):

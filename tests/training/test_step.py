@@ -9,9 +9,10 @@ import optax
 import pytest
 
 import perturbjax as pj
-from perturbjax.data import epoch_order
+from experiments.shared import parse_methods
+from perturbjax.data import Augmentation, epoch_order
 from perturbjax.training import Options, Schedule, device_data, fit, init_state, predict, split_methods
-from perturbjax.training.step import accumulated, as_arrays, compiled_step, pixels, train_step
+from perturbjax.training.step import accumulated, as_arrays, compiled_step, draw_batch, pixels, train_step
 from tests.training.problem import NUMBERS, dataset, plain, recipe
 
 pytestmark = pytest.mark.optax_promotes  # schedules
@@ -134,6 +135,23 @@ def test_training_losses_are_those_of_the_perturbed_pass():
     assert clean.shape == perturbed.shape == labels.shape
     assert np.abs(clean - perturbed).max() > 1e-3
     assert fit(recipe(lambda n: (pj.sam(),)), dataset(), NUMBERS, 0).losses is None
+
+
+def test_a_second_view_is_drawn_for_itself_and_changes_nothing_of_the_first():
+    data, index = device_data(dataset()), jnp.arange(8)
+    plain = recipe(augmentation=Augmentation(pad=2, flip=True))
+    state = init_state(plain, NUMBERS, data, 0)
+    once = draw_batch(plain, state, data, index)
+    twice = draw_batch(dataclasses.replace(plain, second_view=True), state, data, index)
+    np.testing.assert_array_equal(once.inputs, twice.inputs)
+    assert once.side == {} and (twice.side["second_view"] != twice.inputs).any((1, 2, 3)).sum() >= 6
+    still = draw_batch(recipe(second_view=True), state, data, index)
+    np.testing.assert_array_equal(still.side["second_view"], still.inputs)
+
+
+def test_dlb_asks_for_it_on_the_command_line():
+    asked = {typed: method.second_view for typed, (method, _) in parse_methods("ce, dlb, dlb(view=new)").items()}
+    assert asked == {"ce": False, "dlb": False, "dlb(view=new)": True}
 
 
 def test_padding_of_the_last_evaluation_batch_changes_no_number():

@@ -104,6 +104,40 @@ def test_perturbations_of_the_input_act_at_the_embedding():
         made.line.site("embeding")
 
 
+def dlb(numbers):
+    return (pj.dlb(weight=0.5, temperature=2.0),)
+
+
+@pytest.mark.optax_promotes
+def test_dlb_sees_the_words_of_the_last_texts_again():
+    """Three steps of the trainer against the model alone; the second batch has longer texts than the last one, and other padding."""
+    r, data, numbers = recipe(dlb), device_data(dataset()), NUMBERS
+    r = dataclasses.replace(r, model=dataclasses.replace(r.model, dropout=0.0))
+    state, step, last = init_state(r, numbers, data, 0), compiled_step(r), None
+    masks = (dataset().train_images != 0).sum(1)
+    order = np.argsort(masks, kind="stable")[[*range(8), *range(20, 28), *range(32, 40)]].astype(np.int32).reshape(3, 8)
+    logits_of = jax.jit(lambda params, rows: r.model.apply({"params": params}, rows))
+    for rows in order:
+        tokens, labels = data.images[rows], data.labels[rows]
+        logits = logits_of(state.params, tokens)
+        expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        if last is not None:
+            now, then = logits_of(state.params, last[0]), last[2]
+            again = optax.softmax_cross_entropy_with_integer_labels(now, last[1]).mean()
+            apart = optax.kl_divergence(jax.nn.log_softmax(now / 2), jax.nn.softmax(then / 2)).mean()
+            expected = expected / 2 + again / 2 + 0.5 * 4 * apart
+        state, metrics, _ = step(state, numbers, data, rows[None])
+        np.testing.assert_allclose(metrics["loss"][0], expected, rtol=1e-5)
+        last = tokens, labels, logits
+    assert (masks[order[0]].max(), masks[order[2]].min()) == (2, 6)
+
+
+@pytest.mark.optax_promotes
+def test_dlb_learns_texts():
+    history = fit(recipe(dlb, epochs=12), dataset(), NUMBERS, 0)
+    assert history.accuracy[-1] == 1.0
+
+
 def test_embeddings_are_not_clipped_to_the_range_of_pixels():
     zero = lambda numbers: (pj.adversarial_training(bound=0.0),)
     run, params, _, _ = first_pass(zero)
