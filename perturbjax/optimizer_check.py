@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from perturbjax.optimizer_link import Visit, undone, watched
+from perturbjax.parameter.asking import unmasked
 
 _BATCH, _CLASSES = 2, 2  # of the batch that the links are told of while they are looked at
 _PLACES = (0.0, 0.999)  # shares of a run at which one update is run: links with a timing act at one of them at least
@@ -155,7 +156,7 @@ def _arguments(params: Any, gradient: Callable, progress: float) -> dict[str, An
     """Every extra argument that a link of the package may need, made up."""
     zeros = jnp.zeros([_BATCH], jnp.int32)
     return dict(
-        grad_fn=lambda p, *, weights=None: gradient(p), loss_fn=lambda p: jnp.zeros([_BATCH]), losses=jnp.zeros([_BATCH]),
+        grad_fn=unmasked(lambda p, *, weights=None: gradient(p), params), loss_fn=lambda p: jnp.zeros([_BATCH]), losses=jnp.zeros([_BATCH]),
         value=jnp.ones([]), step=jnp.int32(0), progress=jnp.float32(progress), rate=jnp.ones([]), labels=zeros, side={"domain": zeros},
         local_grads=None, key=jax.random.key(0), axis_name=None, num_classes=_CLASSES, num_domains=_CLASSES, epoch=jnp.int32(0),
     )  # fmt: skip

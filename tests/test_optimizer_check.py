@@ -111,6 +111,18 @@ def test_weights_that_are_not_trained_are_not_climbed_along(name):
         pj.check_optimizer(optax.chain(LINKS[name](), frozen), PARAMS)
 
 
+def test_links_that_know_which_weights_are_trained_pass():
+    trained, groups = {"a": True, "b": False}, {"a": "on", "b": "off"}
+    still = optax.partition({"on": SGD, "off": optax.set_to_zero()}, groups)
+    pj.check_optimizer(optax.chain(pj.sam(mask=trained), still), PARAMS)
+    pj.check_optimizer(optax.chain(optax.masked(pj.sam(), trained), still), PARAMS)
+    pj.check_optimizer(optax.partition({"on": optax.chain(pj.sam(), SGD), "off": optax.set_to_zero()}, groups), PARAMS)
+    pj.check_optimizer(optax.partition({"on": pj.sam(), "off": pj.pugd()}, groups), PARAMS)
+    inside = {"on": optax.chain(optax.clip(1.0), pj.sam(), SGD), "off": optax.set_to_zero()}
+    with pytest.raises(ValueError, match="sam needs the batch's own gradient"):
+        pj.check_optimizer(optax.partition(inside, groups), PARAMS)
+
+
 @pytest.mark.parametrize("timing", [pj.after(0.5), pj.last(0.25), pj.every(3)], ids=["after", "last", "every"])
 def test_a_link_that_acts_later_is_found_now(timing):
     frozen = optax.partition({"on": SGD, "off": optax.set_to_zero()}, {"a": "on", "b": "off"})
