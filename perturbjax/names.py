@@ -75,7 +75,7 @@ def setting(name: str, known: Iterable[str]) -> str:
 
 
 def listed(parts: Iterable[str], last: str) -> str:
-    """ "a, b or c"; "none" for none."""
+    """The parts as a sentence has them: a, b or c; none, if there are none."""
     *head, tail = [*parts] or ["none"]
     return f"{', '.join(head)} {last} {tail}" if head else tail
 
@@ -113,9 +113,10 @@ def by_name(factory: Callable, values: tuple, settings: Mapping[str, Any]) -> di
       TypeError: more values than settings, a setting twice, or one that the factory does not have; says what to write.
     """
     name, known = factory.__name__, _settings_of(factory)
-    if surplus := len(values) - len(known):
-        if surplus > 0:
-            raise TypeError(too_many(name, known, f"{len(values)} values", surplus))
+    if known is None:  # it takes any
+        return dict(settings)
+    if (surplus := len(values) - len(known)) > 0:
+        raise TypeError(too_many(name, known, f"{len(values)} values", surplus))
     given = dict(zip(known, values, strict=False))
     for key, value in settings.items():
         if key in given:
@@ -126,8 +127,9 @@ def by_name(factory: Callable, values: tuple, settings: Mapping[str, Any]) -> di
 
 
 @functools.cache
-def _settings_of(factory: Callable) -> tuple[str, ...]:
-    return tuple(inspect.signature(factory).parameters)
+def _settings_of(factory: Callable) -> tuple[str, ...] | None:
+    found = inspect.signature(factory).parameters.values()
+    return None if any(p.kind is p.VAR_KEYWORD for p in found) else tuple(p.name for p in found)
 
 
 def _shown(value: Any) -> str:

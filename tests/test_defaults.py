@@ -35,6 +35,7 @@ def test_a_method_as_it_comes_learns_what_plain_training_learns(method, before):
     assert before is None or accuracy(before) < PLAIN - 0.02
 
 
+@pytest.mark.optax_promotes
 def test_zla_on_balanced_data_asks_for_its_classes_before_training():
     settings = shared.Settings(view="none")
     data, methods = shared.load_view(settings, 0), shared.parse_methods("ce, zla")
