@@ -92,7 +92,7 @@ def curve(history: History, name: str, epochs: Sequence[int]) -> list[float | No
 def over_seeds_with(group: str, runs: Sequence[dict], datasets: Sequence[Dataset]) -> dict | None:
     """Mean and spread of a group's accuracy over the seeds whose test set has samples of the group; None if it has no classes.
 
-    `tested.notes` says which group has no samples.
+    `notes_on_test_sets` says which group has no samples.
     """
     groups = [groups_by_frequency(d.class_counts) for d in datasets]
     if all(found is None or not getattr(found, group).size for found in groups):

@@ -11,6 +11,7 @@ from perturbjax.analysis.ranking import ordered
 
 IN_NUMBERS = 12  # up to so many classes each cell has its number
 CELLS = 100  # more classes are drawn as so many groups of neighbours
+MOST = 12  # methods with a picture
 
 
 class Pair(NamedTuple):
@@ -26,8 +27,7 @@ class Pair(NamedTuple):
 @mpl.rc_context(plots.LOOK)
 def confusion_plot(results: dict, width: float) -> str:
     """A square for each method: row = true class, column = predicted class, colour = share of the row; frequent classes first."""
-    counts, methods = np.asarray(results["data"]["class_counts"]), results["methods"]
-    shown = [name for name in ordered(results) if methods[name].get("confusion")]
+    counts, methods, shown = np.asarray(results["data"]["class_counts"]), results["methods"], with_confusion(results)[:MOST]
     bins = plots.class_bins(counts, CELLS)
     place = np.empty(len(counts), int)  # class -> cell
     for cell, classes in enumerate(bins):
@@ -67,6 +67,11 @@ def confusion_plot(results: dict, width: float) -> str:
     fig.text(0.06 / width, 1 - (above + side / 2) / height, "true class", rotation=90, va="center", fontsize=plots.FONT)
     fig.text(1 - 0.05 / width, 0.3 / height, "columns: predicted class", ha="right", fontsize=plots.FONT)
     return plots.svg_text(fig, f"confusion-{width:g}", "Confusion matrix of each method")
+
+
+def with_confusion(results: dict) -> list[str]:
+    """The methods that have a confusion matrix, in the tables' order; the first `MOST` get a picture."""
+    return [name for name in ordered(results) if results["methods"][name].get("confusion")]
 
 
 def row_shares(method: dict, place: np.ndarray, cells: int) -> np.ndarray:

@@ -119,7 +119,7 @@ def predictions(logits: ArrayLike) -> np.ndarray:
 def is_balanced(class_counts: ArrayLike) -> bool:
     """Whether no class has more than one and a half times the samples of another; classes without any are left out.
 
-    Accuracy then differs from balanced accuracy by 10 points at most, far less as a rule.
+    Accuracy then differs from balanced accuracy by about 10 points at most, far less as a rule.
 
     >>> is_balanced([36, 35, 37]), is_balanced([50, 10])
     (True, False)

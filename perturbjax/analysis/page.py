@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 from perturbjax.analysis import plots
-from perturbjax.analysis.confusion import CELLS, IN_NUMBERS, confusion_plot, most_confused
+from perturbjax.analysis.confusion import CELLS, IN_NUMBERS, MOST, confusion_plot, most_confused, with_confusion
 from perturbjax.analysis.ranking import difference_of, headline, num_untested, ordered
 from perturbjax.analysis.report import ATTACK, attack_titles, num_seeds, text_cells
 
@@ -182,7 +182,7 @@ def _reading(results):
     cells, seeds, first = text_cells(results), num_seeds(results), escape(next(iter(results["methods"])))
     key, untested = headline(results), num_untested(results)
     judged = key.replace("_", " ")
-    over = f" over the {len(results['data']['test_counts']) - untested} classes that have test samples" if untested else ""
+    over = f" over the {len(results['data']['class_counts']) - untested} classes that have test samples" if untested else ""
     notes = {
         "accuracy": "Test samples classified correctly after the last epoch, fixed beforehand: the honest column. "
         + ("Mean ± sample standard deviation over the seeds." if seeds > 1 else "One seed, so there is no spread."),
@@ -288,8 +288,7 @@ def _key(methods, names):
 
 def _confusions(results):
     """The confusion matrices as pictures, and the pairs that are confused most."""
-    methods, seeds = results["methods"], num_seeds(results)
-    names = [name for name in ordered(results) if methods[name].get("confusion")]
+    methods, seeds, names = results["methods"], num_seeds(results), with_confusion(results)
     if not names:
         return ""
     classes = [str(name) for name in results["data"]["class_names"]]
@@ -301,6 +300,7 @@ def _confusions(results):
     caption += (
         f". All {seeds} seeds together" * (seeds > 1) + ". The diagonal is right; a dark column takes other classes' samples."
     )
+    caption += f" Of the first {MOST} of {len(names)} methods; results.json has all." * (len(names) > MOST)
     caption += " Grey rows have no test sample." * (num_untested(results) > 0)
     rows = [
         f'<th scope="row"><div>{escape(name)}</div></th><td>{escape(classes[pair.true])}</td><td>{escape(classes[pair.predicted])}</td>'

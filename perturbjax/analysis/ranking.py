@@ -27,5 +27,5 @@ def difference_of(results: dict, name: str) -> dict | None:
 
 
 def num_untested(results: dict) -> int:
-    """Classes without a test sample; 0 where the results don't tell."""
-    return sum(n == 0 for n in (results.get("data") or {}).get("test_counts") or ())
+    """Classes without a test sample under any seed; 0 where the results don't tell."""
+    return sum(n == 0 for n in next((m["support"] for m in results["methods"].values() if m.get("support")), ()))

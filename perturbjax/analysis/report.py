@@ -128,7 +128,7 @@ def _columns(
     note += "; F1: macro F1" * ("macro_f1" in cells)
     untested = num_untested(results)
     note += (
-        f"; {untested} of {len(results['data']['test_counts'])} classes have no test sample and are in no mean"
+        f"; {untested} of {len(results['data']['class_counts'])} classes have no test sample and are in no mean"
         if untested
         else ""
     )

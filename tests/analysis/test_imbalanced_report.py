@@ -110,7 +110,7 @@ def test_the_page_says_what_the_table_says(tmp_path):
         in page.text
     )
     assert "worse than ce: head" in page.text
-    assert "Note: a note <of the data>" in page.text and "not balanced: from 51 (class 0) down to 2 (class 9)" in page.text
+    assert "Note: a note <of the data>" in page.text and "not balanced: from 51 (class 0) down to 2 (class 8)" in page.text
     assert "Balanced accuracy minus that of ce" in page.text and "Test balanced accuracy by epoch" in page.text
     head = re.findall(r'<th scope="col">(.*?)</th>', html)
     assert head[1].startswith("balanced<small>") and head[2].startswith("accuracy<small>") and head[3].startswith("macro F1")
@@ -185,6 +185,14 @@ def test_the_most_confused_pairs_are_the_largest_shares_of_a_class():
     expected = sorted((n / method["support"][t] for t, p, n in entries if t != p), reverse=True)[:3]
     found = confusion.most_confused(method, 3)
     assert [pair.share for pair in found] == pytest.approx(expected) and all(pair.true != pair.predicted for pair in found)
+
+
+def test_so_many_methods_are_drawn_and_the_page_says_how_many(tmp_path):
+    results = scored(seeds=1)
+    results["methods"] = {f"ce{i}": results["methods"]["ce"] for i in range(14)}
+    assert confusion.confusion_plot(results, 8.4).count("data:image/png") == 12 + 1  # and the scale
+    page = Page(pa.write_report(results, tmp_path / "report.html"), images=True).text
+    assert "Of the first 12 of 14 methods; results.json has all." in page
 
 
 @pytest.mark.parametrize("num_classes", [2, 100, 1000])
