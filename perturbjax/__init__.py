@@ -97,7 +97,7 @@ from perturbjax.loss.teacher import Teacher, load_teacher
 from perturbjax.method import Coordinates, method
 from perturbjax.parameter.amp import amp, amp_project
 from perturbjax.parameter.asam import asam, asam_ascent
-from perturbjax.parameter.asking import Mask, unmasked
+from perturbjax.parameter.asking import unmasked
 from perturbjax.parameter.esam import esam, esam_ascent, esam_weights
 from perturbjax.parameter.gsam import gsam, gsam_ascent, gsam_direction
 from perturbjax.parameter.looksam import looksam, looksam_across, looksam_reuse
