@@ -99,7 +99,7 @@ from perturbjax.names import near as _near
 from perturbjax.optimizer_check import check_optimizer
 from perturbjax.parameter.amp import amp, amp_project
 from perturbjax.parameter.asam import asam, asam_ascent
-from perturbjax.parameter.asking import Mask, unmasked
+from perturbjax.parameter.asking import unmasked
 from perturbjax.parameter.esam import esam, esam_ascent, esam_weights
 from perturbjax.parameter.gsam import gsam, gsam_ascent, gsam_direction
 from perturbjax.parameter.looksam import looksam, looksam_across, looksam_reuse

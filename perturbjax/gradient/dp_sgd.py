@@ -52,7 +52,8 @@ def dp_sgd(
       bound: τ, the largest l2 norm of a sample's gradient; inf clips nothing.
       noise_multiplier: σ, in units of τ; 0 adds no noise (with bound=inf this is plain training, to rounding).
       chunk: so many gradients at a time: memory is chunk times the parameters; None: all B.
-      mask: as in `pcgrad`: samples are clipped by the norms of these parameters alone, and the others' gradients are plain, without noise.
+      mask: as in `pcgrad`: samples are clipped by the norms of these parameters alone. The others' gradients are plain, neither
+        clipped nor noisy: there is no guarantee unless they are frozen.
 
     `update` takes `grad_fn=` (parameters, weights=[B] -> the gradient of the weighted mean loss), `labels=`, whose length is B, `key=`,
     and in per-device code `axis_name=`. It replaces the gradient that it is given: put it first.

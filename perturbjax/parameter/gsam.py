@@ -41,16 +41,17 @@ def gsam_direction(perturbed: optax.Updates, grads: optax.Updates, *, alpha: Arr
     cite="Zhuang et al., ICLR 2022", gradient="replaces", off=dict(radius=0.0, alpha=0.0),
 )  # fmt: skip
 def gsam(
-    *, radius: Setting = 0.05, alpha: ArrayLike = 0.4, adaptive: bool = False, sync_perturbation: bool = True, mask: Mask = None
+    *, radius: Setting = 0.05, alpha: ArrayLike = 0.4, sync_perturbation: bool = True, adaptive: bool = False, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     """An optax link. Costs one more gradient a step. `update` takes `grad_fn=` (as `sam`), and `rate=` for `by_rate`.
 
     Args:
       radius: ρ_t, a number (the default, constant) or a schedule; `by_rate(high=0.05, low=0.01)` is the paper's.
       alpha: α, 0 is SAM.
+      sync_perturbation: as in `sam`.
       adaptive: climb by ρ_t w² ⊙ g/‖|w| ⊙ g‖ instead of ρ_t g/‖g‖; False in the paper and, unless asked for, in the code. Such radii are
         larger (ASAM's is 0.5).
-      sync_perturbation, mask: as in `sam`.
+      mask: as in `sam`.
     """
     check_setting("gsam", radius=radius)
     check_number("gsam", low=0, alpha=alpha)
