@@ -157,7 +157,7 @@ class Objective:
             side=data.side if self.line.side is None else {**data.side, **self.line.side(inputs)},
             trace={},
             extra={},
-            penalty=self._outside(data.index, count).astype(dtype),
+            penalty=self._outside(data.index, count, dtype),
             stats=stats,
         )
         context = self.context._replace(
@@ -190,11 +190,11 @@ class Objective:
             counted = labels if weights is None else np.where(np.asarray(weights) != 0, np.asarray(labels), 0)
             check_labels("objective", counted, self.context.num_classes)
 
-    def _outside(self, index: jax.Array | None, count: int) -> jax.Array:
+    def _outside(self, index: jax.Array | None, count: int, dtype: Any) -> jax.Array:
         """[B] zeros; nan for positions beyond the tables by sample, if a link keeps any: the loss then tells what can't be an error in jit."""
         keeper = next((link.name or "link" for link in self.links if "index" in link.needs), None)
         if keeper is None:
-            return jnp.zeros([count], jnp.float32)  # of the type of the pass in the end
+            return jnp.zeros([count], dtype)
         if index is None:
             raise ValueError(
                 f"{keeper} needs each sample's position in the data set, got a batch without index. "
@@ -202,10 +202,10 @@ class Objective:
             )
         rows = self.context.num_examples
         if rows is None:  # then its tables are its own business
-            return jnp.zeros([count], jnp.float32)
+            return jnp.zeros([count], dtype)
         if not is_traced(index) and getattr(index, "is_fully_addressable", True):
             check_index(keeper, index, rows)
-        return jnp.where((index >= 0) & (index < rows), 0.0, jnp.nan)
+        return jnp.where((index >= 0) & (index < rows), 0.0, jnp.nan).astype(dtype)
 
 
 def objective(
