@@ -9,12 +9,14 @@ import optax
 import pytest
 
 import perturbjax as pj
+from perturbjax import spec, taxonomy
 from perturbjax.activation.dropblock import dropblock_gamma
 from perturbjax.bound import radius as radius_of
 from perturbjax.link import Where
 from perturbjax.parameter.timing import Place
 from perturbjax.split import Clean
 from tests.test_contract import BATCH, CLASSES, COUNTS, DOMAINS, EPOCH, EXAMPLES, LINE, METHODS, each, parts, problem
+from tests.test_settings import HELPERS
 
 # Where float32 stands for draws or for zeros and ones, and no digit is lost.
 DRAWN_IN_FLOAT32 = {"cutmix": "the boxes", "random_erasing": "the boxes"}
@@ -113,6 +115,24 @@ def test_a_float32_pass_keeps_its_types_under_x64(make):
     value, grads, updates, after = jax.eval_shape(step, state, jax.random.key(0))
     assert signature(after) == signature(state)
     assert float_types((value, grads, updates, state[:2])) == {"float32"}
+
+
+@pytest.mark.optax_promotes  # two float types meet here
+@pytest.mark.parametrize("text", [*sorted(HELPERS), *(f.__name__ for f in METHODS)])
+def test_float32_numbers_serve_in_a_float64_pass(text):
+    """As the trainer gives them: traced, and of their own type."""
+    tables = taxonomy.registry(), taxonomy.helpers()
+    structure, numbers = spec.split_numbers(spec.parse_chain(text), *tables)
+
+    def run(numbers, key):
+        [made] = spec.build(structure, numbers, *tables)
+        state, step = stepper(made, jnp.float64)
+        value, grads, _, after = step(state, key)
+        assert signature(after) == signature(state)
+        return value, grads
+
+    found = jax.eval_shape(run, tuple(jnp.float32(x) for x in numbers), jax.random.key(0))
+    assert float_types(found) == {"float64"}
 
 
 def test_the_check_finds_float32_on_the_way_and_not_beside_it():
