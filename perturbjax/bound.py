@@ -101,7 +101,8 @@ def _radius(bound: Bound | None, *, default: float, split: Split, state: Any, co
         return inner * jnp.asarray(bound.beta, context.dtype) ** (context.level("logits") - context.level(site))
     if isinstance(bound, Varied | VariedByFrequency):
         eps, delta_eps = _amounts(bound, default)
-        return eps + delta_eps * _share(bound, split, state, context)
+        share = _share(bound, split, state, context)
+        return jnp.asarray(eps, share.dtype) + jnp.asarray(delta_eps, share.dtype) * share
     if isinstance(bound, Course):
         value: Any = bound.at(Place(step=None, progress=jnp.asarray(context.progress, context.dtype), value=None, rate=None))
     else:

@@ -160,7 +160,7 @@ class Objective:
             side=data.side if self.line.side is None else {**data.side, **self.line.side(inputs)},
             trace={},
             extra={},
-            penalty=self._outside(data.index, count).astype(dtype),
+            penalty=self._outside(data.index, count, dtype),
             stats=stats,
         )
         context = self.context._replace(
@@ -204,11 +204,11 @@ class Objective:
         outside = (labels < 0) | (labels >= self.context.num_classes)
         return jnp.where(outside & (weights != 0), jnp.asarray(jnp.nan, weights.dtype), weights)
 
-    def _outside(self, index: jax.Array | None, count: int) -> jax.Array:
+    def _outside(self, index: jax.Array | None, count: int, dtype: Any) -> jax.Array:
         """[B] zeros; nan for positions beyond the tables by sample, if a link keeps any: the loss then tells what can't be an error in jit."""
         keeper = next((link.name or "link" for link in self.links if "index" in link.needs), None)
         if keeper is None:
-            return jnp.zeros([count], jnp.float32)  # of the type of the pass in the end
+            return jnp.zeros([count], dtype)
         if index is None:
             raise ValueError(
                 f"{keeper} needs each sample's position in the data set, got a batch without index. "
@@ -216,10 +216,10 @@ class Objective:
             )
         rows = self.context.num_examples
         if rows is None:  # then its tables are its own business
-            return jnp.zeros([count], jnp.float32)
+            return jnp.zeros([count], dtype)
         if not is_traced(index) and getattr(index, "is_fully_addressable", True):
             check_index(keeper, index, rows)
-        return jnp.where((index >= 0) & (index < rows), 0.0, jnp.nan)
+        return jnp.where((index >= 0) & (index < rows), 0.0, jnp.nan).astype(dtype)
 
 
 def objective(

@@ -86,7 +86,7 @@ def group_ascent(
         num_steps=num_steps, bound=bound, step=step, norm=norm, value_range=value_range, axis_name=axis_name,
         transform=lambda mean: mean * count, pulls=lambda losses: losses * count < jnp.asarray(clip_loss, losses.dtype),
     )  # fmt: skip
-    here = class_count(groups, number, axis_name=axis_name) > 0
+    here = class_count(groups, number, axis_name=axis_name, dtype=search.delta.dtype) > 0
     return jnp.where(per_group(here, delta), search.delta, delta.astype(search.delta.dtype))
 
 

@@ -25,7 +25,7 @@ def ring_partners(key: jax.Array, domains: jax.Array, *, num_domains: int) -> ja
     domains: [B] integers in 0..D-1, D = num_domains.
     """
     ring_key, order_key = jax.random.split(key)
-    count = class_count(domains, num_domains).astype(jnp.int32)
+    count = class_count(domains, num_domains, dtype=jnp.result_type(float)).astype(jnp.int32)
     place = jax.random.permutation(ring_key, jnp.arange(num_domains, dtype=jnp.int32))  # of each domain in the ring
     # Steps along the ring from d to e, 1..D; absent domains are never next, d itself is if it is alone.
     steps = (place[None, :] - place[:, None] - 1) % num_domains + 1

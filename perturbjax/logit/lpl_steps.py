@@ -76,7 +76,7 @@ def class_steps(steps: Steps, *, split: Split, state: Any, context: Context) -> 
         furthest = lambda group: jnp.max(jnp.where(group, distance, 0))
         largest = jnp.where(sign < 0, furthest(sign < 0), furthest(sign > 0))
         place = _snapshot(distance / jnp.where(largest > 0, largest, 1) * jnp.asarray(steps.most, distance.dtype))
-        return _whole(steps.base) + place + 1
+        return _whole(steps.base).astype(place.dtype) + place + 1
     return jnp.broadcast_to(_whole(steps), [context.num_classes])
 
 

@@ -73,7 +73,7 @@ def dac(*, start: ArrayLike = 0.1, weight: ArrayLike = 1.0, factor: ArrayLike = 
     def apply(flow: Flow, rest: Rest, state: DACState, context: Context):
         logits, abstention = flow.trace["logits"], wide(flow.trace["outputs"])[:, -1]
         real = log_real(logits, abstention.astype(logits.dtype))
-        progress, begin = jnp.asarray(context.progress, context.dtype), jnp.asarray(start, context.dtype)
+        progress, begin = (jnp.asarray(x, state.threshold.dtype) for x in (context.progress, start))
         first = ~context.begun(start)
 
         now = jax.lax.stop_gradient(jnp.mean(jnp.exp(real) * flow.value)).astype(state.threshold.dtype)

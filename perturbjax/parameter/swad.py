@@ -263,16 +263,14 @@ class SWADAverage:
 
     def average(self) -> Any:
         """The weights w̄, in the dtype of the means given (float32)."""
-        first, last = self.window
-        total, steps = self._total, self._steps
         if self.rule == "code":
-            counts, _ = self._counts(finished=True)
-            for k in self._due(counts):
-                total, steps = _plus(total, steps, self._pending[k][0], 1)
-            last = first = -1  # nothing is left
-        for k in sorted(self._pending):
-            if (last if first is None else first) <= k <= last:
-                total, steps = _plus(total, steps, *self._pending[k])
+            left = [(self._pending[k][0], 1) for k in self._due(self._counts(finished=True)[0])]
+        else:
+            first, last = self.window
+            left = [self._pending[k] for k in sorted(self._pending) if (last if first is None else first) <= k <= last]
+        total, steps = self._total, self._steps
+        for mean, more in left:
+            total, steps = _plus(total, steps, mean, more)
         return jax.tree.map(lambda t, w: (t / steps).astype(w.dtype), total, next(iter(self._pending.values()))[0])
 
     def _fold(self, mean: Any, steps: int) -> None:
