@@ -423,10 +423,9 @@ class _Pass:
 
 
 def _float_type(variables: Any, inputs: Any) -> Any:
-    """float64 if the parameters or the inputs have any, else float32."""
-    leaves = [x.dtype if hasattr(x, "dtype") else type(x) for x in jax.tree.leaves((variables, inputs))]
-    floats = [jnp.result_type(x) for x in leaves if jnp.issubdtype(x, jnp.floating)]
-    return jnp.float64 if jnp.float64 in floats else jnp.float32
+    """float64 if the parameters or the inputs have any (and JAX_ENABLE_X64 is on), else float32."""
+    double = any(getattr(x, "dtype", type(x)) in (float, np.float64) for x in jax.tree.leaves((variables, inputs)))
+    return jax.dtypes.canonicalize_dtype(np.float64) if double else jnp.float32
 
 
 def _owner(links: Chain, i: int) -> int:
