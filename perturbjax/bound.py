@@ -98,7 +98,7 @@ def _radius(bound: Bound | None, *, default: float, split: Split, state: Any, co
         if site is None or context.level is None:
             raise ValueError("layer_scaled needs a site, got none. Use it with a method that has one, such as lpa(site=...).")
         inner = _radius(bound.bound, default=default, split=split, state=state, context=context, site=None)
-        return inner * jnp.asarray(bound.beta, context.dtype) ** (context.level("logits") - context.level(site))
+        return inner * jnp.asarray(bound.beta, inner.dtype) ** (context.level("logits") - context.level(site))
     if isinstance(bound, Varied | VariedByFrequency):
         eps, delta_eps = _amounts(bound, default)
         share = _share(bound, split, state, context)

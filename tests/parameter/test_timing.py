@@ -136,7 +136,7 @@ def test_a_number_that_turns_negative_later_becomes_nan():
     assert np.isnan(jax.jit(lambda t: at(falling, Place(t, None, None, None)))(21))
     assert at(0.3, place()) == 0.3
     number = jax.jit(lambda x: at(x, place()))  # as under optax.inject_hyperparams, or in the trainer's step
-    np.testing.assert_array_equal(number(0.3), np.float32(0.3))
+    np.testing.assert_array_equal(number(0.3), jnp.asarray(0.3, float))
     assert np.isnan(number(-0.3)) and np.isnan(number(jnp.nan)) and float(number(0)) == 0
     assert float(at(lambda step: step, place(2))) == 2  # whole numbers, too
 
