@@ -50,7 +50,7 @@ def method(
         callers that trace the numbers afterwards.
       asks: settings -> what a link can't do and the trainer does for it: {"replays": m}, every batch m times in a row, or
         {"fine_tuning": {"start": ..., "rate": ...}}, class-balanced batches in the last part, or {"second_view": True}, each sample
-        augmented once more, as side["second_view"].
+        augmented once more, as side["second_view"], or {"swad_rule": "paper" | "code"}, which window domains.py averages over.
       gradient: of an optax link, what it does with the gradient that it is given: "keeps", "transforms", or "replaces" it by gradients
         that it asks `grad_fn` for. Nothing may change the gradient before a link that replaces it. None: found out by watching it.
     """

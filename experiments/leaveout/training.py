@@ -135,7 +135,8 @@ def train(
     numbers = shared.make_numbers(settings, job.numbers)
     state = devices.replicate(init_state(recipe, numbers, sample(dataset), job.seed))
     arrays, step = devices.replicate(as_arrays(numbers)), compiled_step(recipe, devices)
-    averaging, window = any(is_swad(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_swad)), SWADAverage()
+    averaging = any(is_swad(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_swad))
+    window = SWADAverage(rule=getattr(recipe.build, "swad_rule", "paper"))
     curve: dict[str, list] = {"step": [], "loss": [], "validation_accuracy": [], "validation_loss": []}
     of_methods: dict[str, list[float]] = {}
     best: Chosen | None = None

@@ -55,6 +55,8 @@ class Method:
     """How often they ask for each batch."""
     second_view: bool = False
     """Whether they ask for each sample augmented twice."""
+    swad_rule: str = "paper"
+    """Which window SWAD averages over, where it is among them."""
 
     def __call__(self, numbers: Any) -> tuple:
         """The perturbations and optax links for these numbers."""

@@ -20,6 +20,7 @@ from perturbjax.method import method
 from perturbjax.parameter.ascent import AscentState, move, to_climb, unit_tree, upward, widen
 from perturbjax.parameter.asking import Mask, asking
 from perturbjax.parameter.timing import Place, Setting, at, check_setting
+from perturbjax.rounding import rounded
 
 
 def esam_ascent(grads: optax.Updates, key: jax.Array, *, radius: ArrayLike, beta: ArrayLike = 0.5) -> optax.Updates:
@@ -42,7 +43,7 @@ def esam_weights(rise: jax.Array, *, gamma: ArrayLike = 0.5, axis_name: AxisName
     everyone = gather(rise, axis_name)
     total = everyone.shape[0]
     place = jnp.argsort(jnp.argsort(-everyone, stable=True), stable=True)  # 0 for the largest; nan is last
-    count = jnp.maximum(jnp.round(jnp.asarray(gamma, rise.dtype) * total), 1)
+    count = jnp.maximum(rounded(jnp.asarray(gamma, rise.dtype) * total), 1)
     place = own_share(place, axis_name)
     return jnp.where(place.astype(count.dtype) < count, total / count, 0)
 

@@ -15,7 +15,7 @@ import optax
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
-from perturbjax.classes import wide
+from perturbjax.classes import number, wide
 from perturbjax.method import method
 from perturbjax.parameter.ascent import AscentState, move, safe, to_climb, unit_tree, widen, with_decay
 from perturbjax.parameter.asking import Mask, asking
@@ -30,7 +30,7 @@ def sam_ascent(grads: optax.Updates, *, radius: ArrayLike, p: ArrayLike = 2.0, e
     if isinstance(p, (int, float)) and p == 2:
         direction = unit_tree(grads, epsilon)
     else:
-        power = 1 / (jnp.asarray(p, jnp.float32 if isinstance(p, jax.Array) else None) - 1)  # q − 1: 0 for p = ∞
+        power = 1 / (number(p) - 1)  # q − 1: 0 for p = ∞
         absolute = [jnp.abs(wide(g)) for g in jax.tree.leaves(grads)]
         top = safe(jnp.stack([x.max() for x in absolute]).max())  # powers of numbers in [0, 1] can't overflow
         to = lambda x: (power + x).astype(top.dtype)

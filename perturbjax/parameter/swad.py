@@ -25,6 +25,7 @@ from perturbjax.classes import at_least_float32
 from perturbjax.method import method
 
 CONVERGE, PATIENCE, TOLERANCE = 3, 6, 0.3
+RULES = ("paper", "code")
 
 
 def swad_window(
@@ -132,15 +133,20 @@ class SWADState(NamedTuple):
 
 @method(
     target="parameter", direction=(), inference="prior", granularity="corpus",
-    cite="Cha et al., NeurIPS 2021", gradient="keeps", off=None,
+    cite="Cha et al., NeurIPS 2021", gradient="keeps", off=None, asks=lambda settings: {"swad_rule": settings["rule"]},
 )  # fmt: skip
-def swad() -> optax.GradientTransformationExtraArgs:
+def swad(*, rule: Literal["paper", "code"] = "paper") -> optax.GradientTransformationExtraArgs:
     """An optax link that changes no update: it adds up the weights of an interval, for `swad_interval`.
 
     It sees the weights *before* each step, so that it may stand anywhere in the chain; the first ones it sees in an interval are
     those that the interval before ended with. Training with it is plain training, until somebody takes the average: experiments/domains.py
     evaluates, decides on the window and reports the averaged weights.
+
+    Args:
+      rule: which window is wanted of whoever takes the average: that of the "paper" (`swad_window`), or the authors' "code"
+        (`swad_counts`). In a loop of your own it is that of your `SWADAverage`.
     """
+    check_choice("swad", "rule", rule, RULES)
 
     def init(params):
         zeros = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), at_least_float32(w.dtype)), params)
@@ -201,7 +207,7 @@ class SWADAverage:
     """How often each interval is in the sum already (rule "code")."""
 
     def __post_init__(self) -> None:
-        check_choice("SWADAverage", "rule", self.rule, ("paper", "code"))
+        check_choice("SWADAverage", "rule", self.rule, RULES)
 
     def add(self, loss: float, mean: Any, steps: int) -> bool:
         """Takes an interval: its validation loss, the mean of its weights, its steps. True once the window has ended: stop training."""

@@ -66,6 +66,8 @@ def test_the_samples_whose_loss_rose_most_count_and_their_mean_is_taken():
     np.testing.assert_allclose(pj.esam_weights(rise, gamma=0.4), [0, 2.5, 0, 2.5, 0])
     np.testing.assert_allclose(pj.esam_weights(rise, gamma=0.2), [0, 5, 0, 0, 0])  # of equal ones the first
     np.testing.assert_allclose(pj.esam_weights(rise, gamma=0.01), [0, 5, 0, 0, 0])  # at least one
+    many = jnp.arange(190, dtype=jnp.float32)
+    assert (pj.esam_weights(many, gamma=0.15) > 0).sum() == round(0.15 * 190) == 28  # 28.500002 in float32
     np.testing.assert_array_equal(pj.esam_weights(rise, gamma=1.0), 1.0)
     # Per-device code chooses among the samples of all devices.
     rise = jax.random.normal(jax.random.key(0), [12])

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import perturbjax as pj
+from experiments.shared import parse_methods
 
 
 def algorithm(losses, converge, patience, tolerance):
@@ -192,3 +193,11 @@ def test_errors_say_what_was_given():
         pj.swad_window([1.0], patience=0)
     with pytest.raises(ValueError, match="SWADAverage needs rule to be one of its names, got 'codes'. Did you mean 'code'"):
         pj.SWADAverage(rule="codes")
+
+
+def test_the_command_line_s_swad_says_which_window_is_wanted():
+    for typed, rule in (("swad", "paper"), ("swad(rule=code)", "code"), ("swad(code)", "code")):
+        [(method, _)] = parse_methods(typed).values()
+        assert method.swad_rule == rule
+    with pytest.raises(ValueError, match="swad needs rule to be one of its names, got 'papers'"):
+        pj.swad(rule="papers")
