@@ -144,7 +144,7 @@ def needs(bound: Bound | None, split: Split) -> tuple[str, ...]:
         _accuracy_of(split)
     inner = bound.bound if isinstance(bound, LayerScaled) else bound
     if isinstance(inner, Varied) and not is_traced(split.share):
-        if split.share is not None and np.max(split.share) > 1:
+        if split.share is not None and np.max(np.asarray(split.share)) > 1:
             raise ValueError(
                 f"varied needs a split whose tau is in [0, 1], as the accuracies that it is compared with, got {split.share}. Write tau=1."
             )

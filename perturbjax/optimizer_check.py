@@ -42,8 +42,11 @@ def check_optimizer(
       optimizer: the whole one, as it is trained with.
       params: the parameters that `optimizer.init` gets.
       updates: something like what `optimizer.update` gets first, where that is not like the parameters (`lpg_updates`: [B, C]).
-      extra_args: those that links of your own need in `update`; the ones that the package's links know are made up.
+      extra_args: those that links of your own need in `update`; the ones that the package's links know are made up, with two classes:
+        give `num_classes=` for links that need more (`pcgrad(groups=5)`).
     """
+    if isinstance(optimizer, optax.GradientTransformation):  # MultiSteps is none, and passes what it is given on
+        optimizer = optax.with_extra_args_support(optimizer)
     state = optimizer.init(params)
     given = params if updates is None else updates
     visits = check_links(optimizer, params, state, given, **extra_args)
@@ -84,11 +87,10 @@ def _traced(optimizer: Any, visits: list[Visit], extra_args: dict, params: Any, 
 
 def _check_visits(visits: list[Visit], grads: Any, state: Any) -> None:
     given = {id(leaf) for leaf in jax.tree.leaves(grads)}
-    inside = _in_multi_steps(state)
     for number, visit in enumerate(visits):
         if not visit.replaces or all(id(leaf) in given for leaf in visit.received):
             continue
-        if inside:
+        if _in_multi_steps(state, visit.state):
             raise ValueError(
                 f"MultiSteps needs links that ask for gradients themselves before it, got {visit.name} inside, where it would see "
                 f"the last batch only. Write optax.chain(pj.{visit.name}(...), optax.MultiSteps(optax.sgd(0.1), 4))."
@@ -99,9 +101,11 @@ def _check_visits(visits: list[Visit], grads: Any, state: Any) -> None:
         raise ValueError(undone(visit.name, name, kind))
 
 
-def _in_multi_steps(state: optax.OptState) -> bool:
-    is_multi = lambda x: isinstance(x, optax.MultiStepsState)
-    return any(is_multi(x) for x in jax.tree.leaves(state, is_leaf=is_multi))
+def _in_multi_steps(state: optax.OptState, own: optax.OptState) -> bool:
+    """Whether a state like `own`, a link's, is in one of MultiSteps."""
+    is_multi, is_own = lambda x: isinstance(x, optax.MultiStepsState), lambda x: isinstance(x, type(own))
+    inner = [x.inner_opt_state for x in jax.tree.leaves(state, is_leaf=is_multi) if is_multi(x)]
+    return any(map(is_own, jax.tree.leaves(inner, is_leaf=is_own)))
 
 
 def _is_guard(state: Any) -> bool:
@@ -158,5 +162,5 @@ def _arguments(params: Any, gradient: Callable, progress: float) -> dict[str, An
     return dict(
         grad_fn=unmasked(lambda p, *, weights=None: gradient(p), params), loss_fn=lambda p: jnp.zeros([_BATCH]), losses=jnp.zeros([_BATCH]),
         value=jnp.ones([]), step=jnp.int32(0), progress=jnp.float32(progress), rate=jnp.ones([]), labels=zeros, side={"domain": zeros},
-        local_grads=None, key=jax.random.key(0), axis_name=None, num_classes=_CLASSES, num_domains=_CLASSES, epoch=jnp.int32(0),
+        local_grads=gradient(params), key=jax.random.key(0), axis_name=None, num_classes=_CLASSES, num_domains=_CLASSES, epoch=jnp.int32(0),
     )  # fmt: skip

@@ -40,6 +40,7 @@ class Visit:
 
     name: str
     gradient: Gradient | None
+    state: Any  # that it was given
     received: list[Any]  # leaves of the updates that it was given
     returned: list[Any] = dataclasses.field(default_factory=list)
     asked: bool = False  # whether it called grad_fn
@@ -71,7 +72,7 @@ def named(made: optax.GradientTransformation, name: str, gradient: Gradient | No
     def update(updates, state, params=None, **extra_args):
         if not _watching:
             return inner.update(updates, state, params, **extra_args)
-        visit = Visit(name, gradient, jax.tree.leaves(updates))
+        visit = Visit(name, gradient, state, jax.tree.leaves(updates))
         _watching[-1].append(visit)
         if (grad_fn := extra_args.get("grad_fn")) is not None:
 

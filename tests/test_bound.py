@@ -288,6 +288,11 @@ def test_a_varied_bound_takes_no_threshold_beyond_all_accuracies(make):
     make(bound=pj.varied(), split=pj.by_frequency(rule="count", tau=20))  # samples, not a share
 
 
+def test_a_known_threshold_is_looked_at_within_a_trace():
+    tau = jnp.float32(0.5)
+    jax.make_jaxpr(lambda x: (pj.lpl(split=pj.by_accuracy(tau), bound=pj.varied(0.1, 0.2)), x)[1])(1.0)
+
+
 def test_a_traced_threshold_beyond_all_accuracies_gives_nan():
     found = jax.jit(lambda tau: eps(pj.varied(eps=0.2, delta_eps=0.4), pj.by_accuracy(tau=tau), ACCURACY))
     assert np.isnan(found(1.5)).all()

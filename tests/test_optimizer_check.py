@@ -1,5 +1,6 @@
 """Links of the optimiser that throw each other's work away are found: by name in a row, in any optimiser by watching one update."""
 
+import inspect
 import itertools
 
 import jax
@@ -87,13 +88,30 @@ def test_accumulation_and_guards_stand_behind_links_that_ask_for_gradients(name)
     ):
         pj.check_optimizer(optax.MultiSteps(optax.chain(make(), SGD), 4), PARAMS)
     guarded = optax.apply_if_finite(optax.chain(make(), SGD), 5)
-    if name == "graddrop":  # nan has no sign to drop: only what it is given reaches the weights, which the guard has seen
+    with pytest.raises(ValueError, match=rf"A guard against nan needs to see the gradient that {name} asks for"):
         pj.check_optimizer(guarded, PARAMS)
-    else:
-        with pytest.raises(ValueError, match=rf"A guard against nan needs to see the gradient that {name} asks for"):
-            pj.check_optimizer(guarded, PARAMS)
     pj.check_optimizer(optax.chain(make(), optax.MultiSteps(SGD, 4).gradient_transformation()), PARAMS)
     pj.check_optimizer(optax.chain(make(), optax.apply_if_finite(SGD, 5)), PARAMS)
+
+
+def test_what_stands_before_the_link_is_not_blamed_on_multi_steps_behind_it():
+    with pytest.raises(ValueError, match="sam needs the batch's own gradient, got what gradient_clipping made of it"):
+        pj.check_optimizer(optax.chain(pj.gradient_clipping(), pj.sam(), optax.MultiSteps(SGD, 4)), PARAMS)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in REPLACING if "sync_perturbation" in inspect.signature(LINKS[name]).parameters]
+)
+def test_links_that_climb_along_each_device_s_own_gradient_get_one(name):
+    link = LINKS[name](sync_perturbation=False)
+    pj.check_optimizer(optax.chain(link, SGD), PARAMS)
+    init_state(recipe(lambda n: (link,)), NUMBERS, device_data(dataset()), 0)
+
+
+def test_an_optimiser_that_takes_no_extra_arguments_is_looked_at_too():
+    pj.check_optimizer(optax.GradientTransformation(*optax.trace(0.9)[:2]), PARAMS)
+    plain = optax.GradientTransformation(SGD.init, lambda updates, state, params=None: SGD.update(updates, state, params))
+    pj.check_optimizer(plain, PARAMS)
 
 
 def test_a_guard_behind_the_link_stops_the_second_gradient_s_nan():

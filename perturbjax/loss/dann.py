@@ -55,11 +55,11 @@ def dann(
     weight: ArrayLike = 1.0,
     step_size: ArrayLike = 1e-3,
     decay: ArrayLike = 0.5,
-    square_decay: ArrayLike = 0.999,
-    gradient_penalty: ArrayLike | None = None,
     width: int = 256,
     depth: int = 3,
     site: str = "features",
+    square_decay: ArrayLike = 0.999,
+    gradient_penalty: ArrayLike | None = None,
 ) -> Perturbation:
     """DANN: the features climb the loss of a classifier of domains, which is trained beside.
 

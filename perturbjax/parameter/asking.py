@@ -28,8 +28,8 @@ one of them, or None for all."""
 def unmasked(function: Callable, params: Any) -> Callable:
     """`function` of all parameters (a `grad_fn`, a `loss_fn`) as one of those that `optax.masked` or `optax.partition` leaves to a link.
 
-    The masked ones are filled in from `params`, those in half precision as float32, and gradients lose them again; other answers, such
-    as the losses [B] of a `loss_fn`, pass as they are. A tree without masked parameters passes, too.
+    The masked ones are filled in from `params` (those in half precision as float32, where the others come as float32), and gradients lose
+    them again; other answers, such as the losses [B] of a `loss_fn`, pass as they are. A tree without masked parameters passes, too.
 
         tx = optax.partition({"body": pj.sam(), "head": optax.identity()}, labels)
         tx.update(grads, state, params, grad_fn=pj.unmasked(grad_fn, params))
@@ -37,10 +37,13 @@ def unmasked(function: Callable, params: Any) -> Callable:
 
     @functools.wraps(function)
     def of_some(some: Any, *args: Any, **options: Any) -> Any:
-        fill = lambda own, all_of_it: jax.tree.map(_not_half, all_of_it) if _is_masked(own) else own
+        wider = lambda own, w: not _is_masked(own) and jnp.result_type(own) != jnp.result_type(w)
+        widened = any(jax.tree.leaves(jax.tree.map(wider, some, params, is_leaf=_is_masked)))
+        as_own = _not_half if widened else lambda w: w
+        fill = lambda own, all_of_it: jax.tree.map(as_own, all_of_it) if _is_masked(own) else own
         found = function(jax.tree.map(fill, some, params, is_leaf=_is_masked), *args, **options)
         leaves = jax.tree.leaves(found)
-        if _shapes(found) != _shapes(params):
+        if _shapes(found) != _shapes(params) or _names(found) != _names(params):
             return found
         flag = lambda own, all_of_it: jax.tree.map(lambda _: not _is_masked(own), all_of_it)
         kept = jax.tree.leaves(jax.tree.map(flag, some, params, is_leaf=_is_masked))

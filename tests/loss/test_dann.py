@@ -1,5 +1,7 @@
 """perturbjax.loss.dann: the reversed gradient, the classifier's own step, and that it learns to tell domains apart."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,3 +175,7 @@ def test_errors_say_what_was_given():
     params = dict(a=jnp.ones([5, 6]), w=jnp.ones([C, 6]), b=jnp.ones([C]))
     with pytest.raises(ValueError, match="dann needs at least 2 training domains, got 1"):
         pj.objective(DEEP, pj.dann(), num_classes=C, num_domains=1).init(params, jnp.ones([B, 5]))
+
+
+def test_settings_by_position_are_those_of_earlier_versions():
+    assert list(inspect.signature(pj.dann).parameters)[:6] == ["weight", "step_size", "decay", "width", "depth", "site"]

@@ -111,6 +111,31 @@ def test_a_group_s_changes_are_those_on_the_trained_weights_and_zero_elsewhere(m
     assert norm(changes["first"]) == 0
 
 
+def test_losses_of_the_parameters_shape_are_losses():
+    params, x = {"w": jnp.linspace(0.5, 2.0, 4)}, jnp.eye(4)
+    loss_fn = lambda p: (x @ p["w"]) ** 2
+    grad_fn = lambda p, weights=None: jax.grad(lambda p: jnp.mean(loss_fn(p) * (1 if weights is None else weights)))(p)
+    told = dict(grad_fn=grad_fn, loss_fn=loss_fn, key=jax.random.key(0))
+    masked, alone = (pj.esam(mask=mask, gamma=1.0) for mask in ({"w": True}, None))
+    found, wanted = (link.update(grad_fn(params), link.init(params), params, **told)[0] for link in (masked, alone))
+    assert_trees_close(found, wanted, rtol=0)
+
+
+def test_links_that_do_not_climb_give_all_parameters_in_their_own_types():
+    """A convolution of bfloat16 with float32 is an error."""
+    params = {name: jnp.ones([3, 3, 2, 2], jnp.bfloat16) for name in ("first", "last")}
+    seen = []
+
+    def grad_fn(p, weights=None):
+        seen.append({w.dtype for w in jax.tree.leaves(p)})
+        return jax.tree.map(jnp.ones_like, p)
+
+    link = pj.dp_sgd(mask={"first": False, "last": True})
+    told = dict(grad_fn=grad_fn, labels=jnp.zeros([2], jnp.int32), key=jax.random.key(0))
+    link.update(params, link.init(params), params, **told)
+    assert seen and all(types == {jnp.dtype(jnp.bfloat16)} for types in seen)
+
+
 def test_a_device_s_own_gradient_is_masked_too():
     params, extra = parameters(), given(losses)
     own = jax.tree.map(lambda w: w + 1, parameters())
