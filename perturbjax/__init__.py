@@ -120,7 +120,7 @@ if not typing.TYPE_CHECKING:  # a type checker would take every name for known
         aliases = {getattr(value, "alias", None): key for key, value in list(globals().items())} | {"erm": "ce"}
         if name in aliases:
             raise AttributeError(f"perturbjax has no {name!r}. Write pj.{aliases[name]}.")
-        if not name.startswith("_") and (close := _near(name, [*__all__, *(alias for alias in aliases if alias)], 1)):
+        if not name.startswith("_") and (close := _near(name, [*__all__, *(alias for alias in aliases if alias)], 1, 0.75)):
             meant = aliases.get(close[0], close[0])
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}. Write pj.{meant}.")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,7 @@ from perturbjax.checks import check_index, check_labels, check_number, is_traced
 from perturbjax.classes import AxisName, wide
 from perturbjax.label_form import multi_hot, trouble
 from perturbjax.line import Line, line
-from perturbjax.link import TAIL, Chain, Context, Flow, Perturbation, Rest, Where, chain
+from perturbjax.link import COUNTED, TAIL, Chain, Context, Flow, Perturbation, Rest, Where, chain
 
 # Folded into the step's key for the model's own random draws; links fold in their position, which stays far below.
 _MODEL_STREAM = 0x6D6F64
@@ -159,7 +159,7 @@ class Objective:
             index=jnp.arange(count, dtype=jnp.int32) if data.index is None else data.index,
             side=data.side if self.line.side is None else {**data.side, **self.line.side(inputs)},
             trace={},
-            extra={},
+            extra={} if data.weights is None else {COUNTED: jnp.asarray(data.weights) != 0},
             penalty=self._outside(data.index, count, dtype),
             stats=stats,
         )

@@ -23,6 +23,9 @@ CLEAN = "clean logits"
 """In `Flow.extra`: (whether there are any yet [] bool, the logits [B, C] of the pass without what links have found by a search or put in
 by the label). Left by the first such link."""
 
+COUNTED = "counted samples"
+"""In `Flow.extra`: [B] bool, False for the samples to which the batch itself gives the weight 0: padding. Absent: all count."""
+
 CLOSE = 1e-6
 """Shares of a run that lie nearer to each other are one: half a step of a run of 500,000."""
 
@@ -220,6 +223,13 @@ def keep_clean(flow: Flow, logits: jax.Array, *, searched: ArrayLike = True) -> 
     done = jnp.asarray(searched) | (known if before.shape == logits.shape else False)
     clean = jax.lax.stop_gradient(clean_logits(flow, logits))
     return flow._replace(extra={**flow.extra, CLEAN: (done, clean)})
+
+
+def counted_samples(flow: Flow) -> jax.Array:
+    """[B] bool: which samples are no padding, whatever part of the batch `weights` chooses (one class's, for its gradient)."""
+    known = flow.extra.get(COUNTED)
+    fits = known is not None and known.shape == flow.labels.shape  # not after a link has changed B
+    return known if fits else jnp.ones(flow.labels.shape, bool)
 
 
 def per_sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:

@@ -47,8 +47,10 @@ SYMBOLS: dict[tuple[str, ...], tuple[str, ...]] = {
 _MEANT = {symbol: names for symbols, names in SYMBOLS.items() for symbol in symbols}
 
 
-def near(name: str, known: Iterable[str], most: int = 4) -> list[str]:
+def near(name: str, known: Iterable[str], most: int = 4, similar: float = 0.5) -> list[str]:
     """The known names nearest to `name`, the nearest first; capitals, hyphens and underscores don't count.
+
+    similar: the least share of letters in common, in [0, 1].
 
     >>> near("SAM", ["ce", "asam", "sam"])
     ['sam', 'asam']
@@ -56,7 +58,7 @@ def near(name: str, known: Iterable[str], most: int = 4) -> list[str]:
     spelled: dict[str, str] = {}
     for one in known:
         spelled.setdefault(_plain(one), one)
-    close = difflib.get_close_matches(_plain(name), [*spelled], most, 0.5)
+    close = difflib.get_close_matches(_plain(name), [*spelled], most, similar)
     return [spelled[one] for one in close]
 
 

@@ -7,6 +7,7 @@ that replaces it.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -51,18 +52,18 @@ class Visit:
         return self.asked if self.gradient is None else self.gradient == "replaces"
 
 
-_watching: list[list[Visit]] = []
+_watching = contextvars.ContextVar[list[Visit] | None]("watching", default=None)
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[list[Visit]]:
     """The calls of links within, in their order. For `check_optimizer`, which traces one update."""
     visits: list[Visit] = []
-    _watching.append(visits)
+    token = _watching.set(visits)
     try:
         yield visits
     finally:
-        _watching.remove(visits)
+        _watching.reset(token)
 
 
 def named(made: optax.GradientTransformation, name: str, gradient: Gradient | None = None) -> OptimizerLink:
@@ -70,10 +71,10 @@ def named(made: optax.GradientTransformation, name: str, gradient: Gradient | No
     inner = optax.with_extra_args_support(made)
 
     def update(updates, state, params=None, **extra_args):
-        if not _watching:
+        if (visits := _watching.get()) is None:
             return inner.update(updates, state, params, **extra_args)
         visit = Visit(name, gradient, state, jax.tree.leaves(updates))
-        _watching[-1].append(visit)
+        visits.append(visit)
         if (grad_fn := extra_args.get("grad_fn")) is not None:
 
             @functools.wraps(grad_fn)
@@ -111,7 +112,8 @@ def undone(later: str, earlier: str | None, gradient: Gradient | None) -> str:
         f"{earlier or 'that link'} would be thrown away."
     )
     if gradient == "replaces":
-        return f"{reason} So does {earlier}: in no order do both act. Write {earlier} or {later}, one of them."
+        one = "Write it once" if earlier == later else f"Write {earlier} or {later}, one of them"
+        return f"{reason} So does {earlier}: in no order do both act. {one}; for two groups of parameters, optax.partition."
     if earlier is None:
         return f"{reason} Write optax.chain(pj.{later}(...), ...), with {later} first."
     return f"{reason} Write {later}+{earlier}, or in Python optax.chain(pj.{later}(...), pj.{earlier}(...), ...)."

@@ -31,6 +31,15 @@ def each(methods):
 
 every_method = each(METHODS)
 
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """Most of the time here is XLA's: without its costly passes it takes half, and only bits of sums are others."""
+    jax.config.update("jax_disable_most_optimizations", "bit_for_bit" not in request.node.name)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 CLASSES, BATCH, SIDE, DOMAINS = 5, 16, 4, 3
 EXAMPLES = 115 + BATCH
 EPOCH = EXAMPLES // BATCH  # steps

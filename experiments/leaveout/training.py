@@ -57,7 +57,7 @@ def run_all(settings, dataset: Dataset, jobs: list[Job], out: pathlib.Path, iden
         domain = dataset.domain_names[job.domain]
         place = shared.run_place(out, job.typed) / shared.slug(domain) / f"seed-{job.seed}"
         with RunFolder(place) as folder:
-            folder.claim(identity | {"method": job.typed, "held_out": domain, "seed": job.seed})
+            folder.claim(identity | shared.method_identity(job.typed, settings.plugin) | {"held_out": domain, "seed": job.seed})
             if not (record := read_json(place / "finished.json")):
                 if not everything:
                     everything.append(devices.replicate(on_device(dataset)))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.shared.flags import Settings, devices_of
+from perturbjax import spec, taxonomy
 from perturbjax.data import Dataset
 from perturbjax.training import History, OtherSettings, RunFolder
 from perturbjax.training.folder import RUN, FolderInUse, compare_settings
@@ -32,6 +33,23 @@ LATER = {"shortcut": "A", "background": "white", "skip_damaged": False}
 """Flags that folders of earlier versions don't have, and what they stood for there."""
 
 
+CHANGED = {
+    "gradient_noise": {"eta": 1e-4}, "robust_regression": {"space": "probability"}, "robust_lasso": {"space": "probability"},
+    "rlr": {"weight": 0.25},
+}  # fmt: skip
+"""Defaults that were others in version 0.1.0: folders of runs that leave them unsaid say which they had."""
+
+
+def method_identity(typed: str, plugins: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a method as typed adds to a run's settings: its name, and the defaults that it takes and that have changed."""
+    registry, unsaid = taxonomy.registry(plugins), {}
+    for call in spec.resolve(spec.parse_chain(typed), registry, taxonomy.helpers()):
+        name = registry[call.name].__name__
+        given = dict(call.kwargs)
+        unsaid |= {f"{name}.{key}": value for key, value in CHANGED.get(name, {}).items() if key not in given}
+    return {"method": typed} | ({"defaults": unsaid} if unsaid else {})
+
+
 def identity(settings: Settings, dataset: Dataset, **more: Any) -> dict[str, Any]:
     """The settings and data that make a run what it is, for its folder; `more` is what the run adds to them."""
     kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in (*RUNTIME, *CHOICE)}
@@ -45,6 +63,8 @@ def identity(settings: Settings, dataset: Dataset, **more: Any) -> dict[str, Any
     if settings.parallel == "pmap":  # each device has BatchNorm and mixing of its own: their number changes the results
         found["parallel"] = f"pmap over {devices_of(settings).count} devices"
     files = {"weights_hash": settings.weights, "vectors_hash": settings.vectors}
+    if "method" in kept:
+        more = method_identity(settings.method, settings.plugin) | more
     return kept | found | {key: blocks_hash(path) for key, path in files.items() if path is not None} | more
 
 

@@ -69,7 +69,7 @@ def plan(settings: TrainingSettings, datasets: list[Dataset], methods: dict, out
     planned, kept = [], [shared.identity(settings, dataset) for dataset in datasets]  # once: it reads the images
     for typed, (method, numbers) in methods.items():
         for seed, dataset in enumerate(datasets):
-            what = kept[seed] | {"method": typed, "seed": seed}
+            what = kept[seed] | shared.method_identity(typed, settings.plugin) | {"seed": seed}
             run = Run(dataset, shared.make_numbers(settings, numbers), seed, typed)
             place = shared.run_place(out, typed) / f"seed-{seed}"
             planned.append(

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_class_counts, check_number, is_traced
-from perturbjax.link import Context, Flow, Perturbation, Rest
+from perturbjax.link import Context, Flow, Perturbation, Rest, counted_samples
 from perturbjax.method import method
 
 KINDS = ("none", "balanced", "effective")
@@ -66,7 +66,8 @@ def class_weighting(
       kind: "none", "balanced" or "effective" (number of samples, with `beta`). weights: C numbers instead of a kind.
       start: share of training after which the weights act (0.8 for deferred re-weighting); before, all are 1.
       average: "batch" divides the sum of the weighted losses by the number of samples, "weights" by the sum of the classes' weights
-        over the batch of all devices (torch's `CrossEntropyLoss(weight=)`), so that a batch of rare classes counts no more than others.
+        over the batch of all devices (torch's `CrossEntropyLoss(weight=)`), so that a batch of rare classes counts no more than others;
+        without those of the batch's samples of weight 0, which are padding.
     """
     check_choice("class_weighting", "kind", kind, KINDS)
     if not is_traced(beta) and not 0 < float(np.asarray(beta)) <= 1 - 1e-7:
@@ -89,8 +90,11 @@ def class_weighting(
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
         factor = factors(context)[flow.labels].astype(flow.weights.dtype)
         if average == "weights":
-            mean = factor.mean() if context.axis_name is None else jax.lax.pmean(factor.mean(), context.axis_name)
-            factor = factor / jnp.where(mean > 0, mean, 1)
+            real = counted_samples(flow).astype(factor.dtype)
+            total, count = jnp.sum(real * factor), real.sum()
+            if context.axis_name is not None:
+                total, count = jax.lax.psum((total, count), context.axis_name)
+            factor = factor * jnp.where(total > 0, count / jnp.where(total > 0, total, 1), 1)
         factor = jnp.where(context.begun(start), factor, 1)
         return flow._replace(weights=flow.weights * factor), state, {}
 

@@ -1,5 +1,6 @@
 """Scripts that are killed, stopped, started again, given other settings, or spread over processes: as a user meets them."""
 
+import inspect
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import time
 import numpy as np
 import pytest
 
+import perturbjax as pj
 from experiments import compare, shared, train
 from experiments.shared import many
 
@@ -370,3 +372,18 @@ def test_a_last_update_that_breaks_the_net_is_found(tmp_path):
 def test_numbers_outside_their_range_are_refused(flag, tmp_path):
     with pytest.raises(ValueError, match=flag.split("=")[0]):
         train.main([flag, "--epochs", "2", "--out", str(tmp_path)])
+
+
+def test_a_default_that_has_changed_is_another_run():
+    """A folder of an earlier version, begun with the default of then, isn't gone on with, nor averaged with runs of the new one."""
+    folders, data = shared.folders, shared.load_view(train.TrainSettings(), 0)
+    defaults = lambda typed: shared.method_identity(typed).get("defaults")
+    assert defaults("lpl+noise") == {"gradient_noise.eta": 1e-4} == defaults("gradient_noise(gamma=0.1)")
+    assert defaults("noise(eta=0.01)") == defaults("noise(0.01)") == defaults("lpl") == defaults("ce") is None
+    assert defaults("rlr(0.1)+sam") == {"rlr.weight": 0.25} and defaults("rlasso(space=logit)") is None
+    for name, settings in folders.CHANGED.items():  # what the folders say is what the methods have
+        given = inspect.signature(vars(pj)[name]).parameters
+        assert {key: given[key].default for key in settings} == settings
+    before = folders.identity(train.TrainSettings(method="noise"), data, method="noise")
+    assert before["defaults"] == {"gradient_noise.eta": 1e-4}
+    assert "defaults" not in folders.identity(train.TrainSettings(), data, method="ce")

@@ -161,3 +161,20 @@ def test_errors_say_what_to_do():
         pj.class_weighting(average="mean")
     with pytest.raises(ValueError, match="class_weighting needs weights >= 0"):
         pj.class_weighting(weights=(1.0, -2.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("padding", range(C))
+def test_padding_is_not_in_the_sum_of_the_weights_whatever_its_label_is(problem, padding):
+    w, x, y = problem
+    made = pj.objective(MODEL, pj.class_weighting(weights=(1.0, 5.0, 10.0, 2.0), average="weights"), num_classes=C)
+    whole, _ = made(w, made.init(w, x), pj.batch(x, y))
+    padded = pj.batch(
+        jnp.concatenate([x, x[:2]]), jnp.concatenate([jnp.asarray(y), jnp.full([2], padding, jnp.int32)]),
+        weights=jnp.concatenate([jnp.ones(len(y)), jnp.zeros(2)]),
+    )  # fmt: skip
+    more, _ = made(w, made.init(w, padded.inputs), padded)
+    np.testing.assert_allclose(more * (len(y) + 2), whole * len(y), rtol=1e-6)
+    # A part of the batch, chosen by `weights` for its gradient, is divided by the sum of the whole batch's: the parts add up to it.
+    first = jnp.arange(len(y)) < 3
+    parts = [made(w, made.init(w, x), pj.batch(x, y), weights=part.astype(jnp.float32))[0] for part in (first, ~first)]
+    np.testing.assert_allclose(sum(parts), whole, rtol=1e-6)
