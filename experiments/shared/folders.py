@@ -33,7 +33,7 @@ LATER = {"shortcut": "A", "background": "white", "skip_damaged": False}
 """Flags that folders of earlier versions don't have, and what they stood for there."""
 
 
-CHANGED = {
+CHANGED: dict[str, dict[str, Any]] = {
     "gradient_noise": {"eta": 1e-4}, "robust_regression": {"space": "probability"}, "robust_lasso": {"space": "probability"},
     "rlr": {"weight": 0.25},
 }  # fmt: skip
@@ -42,7 +42,7 @@ CHANGED = {
 
 def method_identity(typed: str, plugins: tuple[str, ...] = ()) -> dict[str, Any]:
     """What a method as typed adds to a run's settings: its name, and the defaults that it takes and that have changed."""
-    registry, unsaid = taxonomy.registry(plugins), {}
+    registry, unsaid = taxonomy.registry(plugins), dict[str, Any]()
     for call in spec.resolve(spec.parse_chain(typed), registry, taxonomy.helpers()):
         name = registry[call.name].__name__
         given = dict(call.kwargs)
@@ -64,7 +64,7 @@ def identity(settings: Settings, dataset: Dataset, **more: Any) -> dict[str, Any
         found["parallel"] = f"pmap over {devices_of(settings).count} devices"
     files = {"weights_hash": settings.weights, "vectors_hash": settings.vectors}
     if "method" in kept:
-        more = method_identity(settings.method, settings.plugin) | more
+        more = method_identity(kept["method"], settings.plugin) | more
     return kept | found | {key: blocks_hash(path) for key, path in files.items() if path is not None} | more
 
 
