@@ -5,6 +5,7 @@ a link that replaces the gradient is given must be those very arrays. What a tra
 against nan that looks at the first gradient only) is found by running one update on numbers.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from perturbjax.parameter.asking import unmasked
 
 _BATCH, _CLASSES = 2, 2  # of the batch that the links are told of while they are looked at
 _PLACES = (0.0, 0.999)  # shares of a run at which one update is run: links with a timing act at one of them at least
+_UPDATES = 32  # at most, until a weight's update is no longer zero: a warm-up starts with 0, MultiSteps waits for its batches
 
 
 def check_optimizer(
@@ -36,7 +38,7 @@ def check_optimizer(
         `should_skip_update_fn`, which look at the first gradient and not at the one that it asks for;
       - weights that the optimiser does not train (`optax.set_to_zero`) but the link climbs along.
 
-    Nothing is trained: one update is traced, and if a link asks for gradients, run on made-up ones.
+    Nothing is trained: one update is traced, and if a link asks for gradients, some are run on made-up ones.
 
     Args:
       optimizer: the whole one, as it is trained with.
@@ -55,9 +57,9 @@ def check_optimizer(
         return
     guarded = any(map(_is_guard, jax.tree.leaves(state, is_leaf=_is_guard)))
     for progress in _PLACES:
-        run = lambda second, progress=progress: optimizer.update(
-            _noise(given), state, params, **_arguments(params, second, progress) | extra_args
-        )[0]
+        run = lambda second, state=state, progress=progress: optimizer.update(
+            _noise(given), state, params, **_accepted(optimizer, _arguments(params, second, progress)) | extra_args
+        )
         _check_climb(asking[0], params, run)
         if guarded:
             _check_guard(asking[0], params, run)
@@ -76,7 +78,7 @@ def check_links(
 
 def _traced(optimizer: Any, visits: list[Visit], extra_args: dict, params: Any, state: Any, like: Any) -> None:
     grads = jax.tree.map(lambda w: w + jnp.ones([], w.dtype), like)  # arrays that are nobody else's
-    given = _arguments(params, lambda p: _like(params, p), 0.0) | extra_args
+    given = _accepted(optimizer, _arguments(params, lambda p: _like(params, p), 0.0)) | extra_args
     try:
         optimizer.update(grads, state, params, **given)
     except ValueError:  # of a link that misses something: perhaps because of where it stands
@@ -113,22 +115,28 @@ def _is_guard(state: Any) -> bool:
 
 
 def _check_climb(name: str, params: Any, run: Callable) -> None:
-    """Raises ValueError for a weight that is moved for the second gradient and whose update is zero, unless all updates are."""
+    """Raises ValueError for a weight that is moved for the second gradient and whose updates are zero, unless all weights' are."""
     moved: set[str] = set()
 
     def note(point):
         same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), point, params)
-        moved.update(jax.tree_util.keystr(path) for path, rests in jax.tree_util.tree_leaves_with_path(same) if not rests)
+        moved.update(_path(leaf) for leaf in jax.tree_util.tree_leaves_with_path(same) if not leaf[1])
 
     def second(point):
         jax.debug.callback(note, point)
         return _like(params, _noise(params))
 
-    updates = run(second)
+    updates, state = run(second)
+    zero = _zeros(updates)
+    for _ in range(_UPDATES - 1):
+        jax.effects_barrier()
+        if not zero & moved:
+            return
+        updates, state = run(second, state)
+        zero &= _zeros(updates)
     jax.effects_barrier()
-    zero = {jax.tree_util.keystr(path): not np.any(x) for path, x in jax.tree_util.tree_leaves_with_path(updates)}
-    still = [path for path in zero if zero[path] and path in moved]
-    if still and not all(zero.values()):
+    still = [path for path in map(_path, jax.tree_util.tree_leaves_with_path(updates)) if path in zero & moved]
+    if still and len(zero) < len(jax.tree.leaves(updates)):
         raise ValueError(
             f"{name} needs to know which weights are trained, got the untrained {still[0]}, which it would climb along. "
             f"Write pj.{name}(..., mask=trained), a tree of bools like the parameters."
@@ -137,12 +145,21 @@ def _check_climb(name: str, params: Any, run: Callable) -> None:
 
 def _check_guard(name: str, params: Any, run: Callable) -> None:
     """Raises ValueError if nan in the second gradient passes."""
-    updates = run(lambda point: jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), params))
+    updates, _ = run(lambda point: jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), params))
     if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(updates)):
         raise ValueError(
             f"A guard against nan needs to see the gradient that {name} asks for, got it around that link, where it sees the first "
             f"gradient only. Write optax.chain(pj.{name}(...), optax.apply_if_finite(optax.sgd(0.1), 5))."
         )
+
+
+def _path(leaf: tuple) -> str:
+    return jax.tree_util.keystr(leaf[0])
+
+
+def _zeros(updates: Any) -> set[str]:
+    """The weights that are not changed."""
+    return {_path(leaf) for leaf in jax.tree_util.tree_leaves_with_path(updates) if not np.any(leaf[1])}
 
 
 def _noise(tree: Any) -> Any:
@@ -154,6 +171,14 @@ def _noise(tree: Any) -> Any:
 def _like(params: Any, tree: Any) -> Any:
     """The tree as gradients of the parameters: their types."""
     return jax.tree.map(lambda w, x: jnp.asarray(x, w.dtype), params, tree)
+
+
+def _accepted(optimizer: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Those that its update takes: not all of optax's own pass on what they don't know (lookahead)."""
+    known = inspect.signature(optimizer.update).parameters
+    if any(one.kind == inspect.Parameter.VAR_KEYWORD for one in known.values()):
+        return given
+    return {name: value for name, value in given.items() if name in known}
 
 
 def _arguments(params: Any, gradient: Callable, progress: float) -> dict[str, Any]:

@@ -149,9 +149,33 @@ def test_a_link_that_acts_later_is_found_now(timing):
         pj.check_optimizer(optax.chain(pj.rts(timing=timing), frozen), PARAMS)
 
 
+WARMUP = optax.sgd(optax.linear_schedule(0.0, 0.1, 10))
+
+
 def test_a_first_step_of_length_zero_is_not_frozen_weights():
-    warmup = optax.sgd(optax.linear_schedule(0.0, 0.1, 10))
-    pj.check_optimizer(optax.chain(pj.sam(), warmup), PARAMS)
+    pj.check_optimizer(optax.chain(pj.sam(), WARMUP), PARAMS)
+    groups = optax.partition({"on": SGD, "warm": WARMUP}, {"a": "on", "b": "warm"})
+    pj.check_optimizer(optax.chain(pj.sam(), groups), PARAMS)
+    pj.check_optimizer(optax.chain(pj.sam(), optax.MultiSteps(SGD, 4)), PARAMS)
+    pj.check_optimizer(optax.chain(pj.sam(), optax.scale(0.0)), PARAMS)
+
+
+def test_frozen_weights_are_found_behind_updates_that_start_with_zero():
+    groups = {"a": "on", "b": "off"}
+    warm = optax.partition({"on": WARMUP, "off": optax.set_to_zero()}, groups)
+    later = optax.MultiSteps(optax.partition({"on": SGD, "off": optax.set_to_zero()}, groups), 4)
+    for rest in (warm, later):
+        with pytest.raises(ValueError, match=r"sam needs to know which weights are trained, got the untrained \['b'\]"):
+            pj.check_optimizer(optax.chain(pj.sam(), rest), PARAMS)
+        pj.check_optimizer(optax.chain(pj.sam(mask={"a": True, "b": False}), rest), PARAMS)
+
+
+def test_optimizers_that_take_no_other_arguments():
+    pj.check_optimizer(optax.contrib.sam(SGD, optax.sgd(0.05), sync_period=2), PARAMS)
+    params, slow = optax.LookaheadParams.init_synced(PARAMS), lambda inner: optax.lookahead(inner, 5, 0.5)
+    pj.check_optimizer(slow(optax.adam(1e-3)), params, updates=PARAMS)
+    with pytest.raises(ValueError, match="sam needs `grad_fn`, got none"):  # lookahead does not pass it on
+        pj.check_optimizer(slow(optax.chain(pj.sam(), SGD)), params, updates=PARAMS)
 
 
 def test_a_link_of_one_s_own_needs_no_declaration():

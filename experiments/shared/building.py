@@ -16,6 +16,7 @@ from experiments.shared.folders import slug
 from perturbjax import spec, taxonomy
 from perturbjax.checks import check_number
 from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load, write_copies
+from perturbjax.data.agreement import UNTESTED
 from perturbjax.data.duplicates import has_copies
 from perturbjax.data.text import Tokenizer, read_vectors
 from perturbjax.frozen import check_frozen
@@ -131,9 +132,17 @@ def source(name: str, image_size: int | None = None, **form: Any) -> Dataset:
 
 
 def print_notes(
-    dataset: Dataset, console: Console, settings: Settings, folder: pathlib.Path, *, steps: int | None = None
+    dataset: Dataset,
+    console: Console,
+    settings: Settings,
+    folder: pathlib.Path,
+    *,
+    steps: int | None = None,
+    untested: bool = True,
 ) -> None:
     """What the data's reader wants people to know, and batches that change nothing. steps: of a run; None: by --epochs.
+
+    untested: name the classes without test samples; False before `print_test_notes`, which does so for all seeds.
 
     Where samples are there several times, they are listed in a file in the run's folder.
     """
@@ -148,7 +157,8 @@ def print_notes(
         if has_copies(dataset)
         else ()
     )
-    for note in (*dataset.notes, *copies, *(left if unused else ())):
+    told = (note for note in dataset.notes if untested or not note.startswith(f"{dataset.name}: {UNTESTED}"))
+    for note in (*told, *copies, *(left if unused else ())):
         console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
 
 

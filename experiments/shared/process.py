@@ -1,5 +1,6 @@
 """How a script's process behaves: its devices, other processes, signals and errors."""
 
+import logging
 import pathlib
 import signal
 import sys
@@ -54,6 +55,7 @@ def start(main: Callable[[list[str]], None]) -> None:
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    say_warnings()
     before = signal.signal(signal.SIGTERM, stop_early)
     try:
         main(sys.argv[1:])
@@ -69,6 +71,13 @@ def start(main: Callable[[list[str]], None]) -> None:
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def say_warnings() -> None:
+    """What the package logs is a note like the others, without the logger's name."""
+    handler, logger = logging.StreamHandler(), logging.getLogger("perturbjax")
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logger.handlers, logger.propagate = [handler], False
 
 
 def raise_diverged(diverged: list[str]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from rich.console import Console
 
-from perturbjax.analysis import Groups, groups_by_frequency, is_balanced
+from perturbjax.analysis import groups_by_frequency, is_balanced
 from perturbjax.data import Dataset
 
 NAMED = 10
@@ -30,7 +30,7 @@ def notes_on_test_sets(datasets: Sequence[Dataset]) -> list[str]:
             f"are over the {len(names) - len(missing)} classes that are tested."
         )
     for empty, where in by_seed([empty_groups(d, found) for d, found in zip(datasets, counts, strict=True)]):
-        notes += [f"{name}: {why}{where}, so it has no accuracy." for name, why in empty]
+        notes += [f"{name}: none of its classes has a test sample{where}, so it has no accuracy." for name in empty]
     uneven = [found for found in counts if not is_balanced(found)]
     if uneven:
         found = uneven[0]
@@ -51,13 +51,13 @@ def by_seed(found: Sequence[tuple]) -> list[tuple[tuple, str]]:
     return [(kind, f" under seed {of(kind)}") for kind in kinds]
 
 
-def empty_groups(dataset: Dataset, counts: np.ndarray) -> tuple[tuple[str, str], ...]:
-    """(name, why it has no accuracy) of the groups by training frequency without any."""
+def empty_groups(dataset: Dataset, counts: np.ndarray) -> tuple[str, ...]:
+    """The groups by training frequency that have classes, but no accuracy."""
     groups = groups_by_frequency(dataset.class_counts)
     if groups is None:
         return ()
-    why = lambda classes: "no class is there" if not len(classes) else "none of its classes has a test sample"
-    return tuple((name, why(own)) for name in Groups._fields if not counts[own := getattr(groups, name)].any())
+    members = groups._asdict()  # of two classes none is in the middle: no column, no note
+    return tuple(name for name, own in members.items() if len(own) and not counts[own].any())
 
 
 def listed(classes: Sequence[int], names: Sequence[str]) -> str:

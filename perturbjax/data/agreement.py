@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 SAMPLED = 1024  # images of a part that are looked at, at equal distances: a mapped set of any size takes a moment
+UNTESTED = "not tested"  # how the note on classes without a test sample begins, after the set's name
+SLACK = 0.1  # beyond [0, 1] are what resizing with a sharp filter leaves there, and rounding
 APART = 8  # times as wide: from here on two ranges are told (the scales in use, 1, 16 and 255, are further apart)
 
 
@@ -50,9 +52,14 @@ def untested(name: str, test_labels: np.ndarray, class_counts: np.ndarray, class
     shown += f" and {missing.size - 10} more" if missing.size > 10 else ""
     single = (class_counts[missing] == 1).any()
     return (
-        f"{name}: not tested, since there are no test {kind} of them: {missing.size} of {len(class_names)} classes: {shown}. No number "
+        f"{name}: {UNTESTED}, since there are no test {kind} of them: {missing.size} of {len(class_names)} classes: {shown}. No number "
         f"says how well they are learnt. {'A single sample can be trained on only: add some.' if single else 'Add some to test on.'}"
     )
+
+
+def overshoots(low: float, high: float) -> bool:
+    """Whether this is [0, 1] but for a little on either side."""
+    return -SLACK <= low and 0.5 < high <= 1 + SLACK
 
 
 def renewed(notes: Iterable[str], start: str, note: str | None) -> tuple[str, ...]:
@@ -67,11 +74,14 @@ def _range(images: np.ndarray) -> tuple[float, float]:
 
 
 def _told(found: tuple[float, float]) -> str:
-    return f"{found[0]:.3g} to {found[1]:.3g}"
+    exact = lambda value: f"{value:.9g}" if f"{value:.3g}" == "1" else f"{value:.3g}"  # 1.0000001 is not 1
+    return " to ".join(map(exact, found))
 
 
 def _fix(inside: str, outside: str, whole: Mapping[str, bool], ranges: Mapping[str, tuple[float, float]]) -> str:
     low, high = ranges[outside]
+    if overshoots(low, high):
+        return f"Write np.clip({outside}, 0, 1), if these are what resizing left there."
     if low < 0:
         return f"{outside} looks normalised: give the raw pixels of both, as normalisation belongs to the trainer."
     if whole[inside]:

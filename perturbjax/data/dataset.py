@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from perturbjax.data.agreement import check_ranges, renewed, untested
+from perturbjax.data.agreement import UNTESTED, check_ranges, overshoots, renewed, untested
 from perturbjax.data.text import Tokenizer
 from perturbjax.label_form import trouble
 
@@ -187,7 +187,7 @@ def check(dataset: Dataset) -> Dataset:
     if d.tokenizer is None:
         notes = renewed(notes, f"{d.name}: the images have 4 channels", four_channels(d.name, train_images))
     test_labels = labels("test_labels", d.test_labels, len(test_images))
-    notes = renewed(notes, f"{d.name}: not tested", untested(d.name, test_labels, counts, names, d.kind))
+    notes = renewed(notes, f"{d.name}: {UNTESTED}", untested(d.name, test_labels, counts, names, d.kind))
     train_index = np.asarray(d.train_index)
     if train_index.shape != train_labels.shape or not np.issubdtype(train_index.dtype, np.integer):
         raise ValueError(
@@ -252,7 +252,9 @@ def as_images(what: str, images: np.ndarray) -> np.ndarray:
         )
     low, high = float(images.min()), float(images.max())
     if low < 0 or high > 1:
-        if low < 0:
+        if overshoots(low, high):
+            fix = "Write np.clip(images, 0, 1), if these are what resizing left there."
+        elif low < 0:
             fix = "They look normalised already: give the raw pixels, as normalisation belongs to the trainer"
             fix += " (or write (images - images.min()) / np.ptp(images))."
         elif high <= 16:
@@ -261,7 +263,8 @@ def as_images(what: str, images: np.ndarray) -> np.ndarray:
             fix = "They look like 0..255: write images / 255, or images.astype(np.uint8)."
         else:
             fix = f"Write images / {high:g}."
-        raise ValueError(f"check needs float {what} in [0, 1], got {low:g} to {high:g}. {fix}")
+        digits = ".9" if high <= 1.001 else ""  # 1.0000001 is not 1
+        raise ValueError(f"check needs float {what} in [0, 1], got {low:g} to {high:{digits}g}. {fix}")
     return images.astype(np.float32, copy=False)
 
 

@@ -81,7 +81,7 @@ def check_duplicates(dataset: Dataset, *, refuse: bool = True) -> Dataset:
     if len(known):
         first = known[np.argmin(known[:, 1])]
         found = (
-            f"{len(known)} of {size} test {kind}, which are training {kind} {MARK} (first: {_told(dataset, copies, first[0])}, is "
+            f"{len(known)} of {size} test {kind} that are training {kind}, {MARK} (first: {_told(dataset, copies, first[0])}, is "
             f"{_told(dataset, copies, first[1])})"
         )
         if refuse and len(known) >= SHARE * size:
@@ -89,7 +89,7 @@ def check_duplicates(dataset: Dataset, *, refuse: bool = True) -> Dataset:
                 f"check_duplicates needs a test set of new {kind} (under {SHARE:.0%} known from training), got {found}. Add "
                 "drop_duplicates to the views (--view drop_duplicates+...), which drops them from training, or give another test set."
             )
-        notes.append(f"{found[0].upper()}{found[1:]}.")
+        notes.append(f"{found.replace(' that are ', ' are ', 1)}.")
     for n, part in enumerate(("training", "test")):
         if count := int(between(n, n).sum()):
             notes.append(

@@ -15,6 +15,7 @@ from perturbjax.data.arrange import Part, from_parts
 from perturbjax.data.dataset import Dataset, check
 from perturbjax.data.decode import Damaged, Form, Wider, decode
 from perturbjax.data.images import file_key, in_threads, is_large, keep, kept, stack
+from perturbjax.label_form import spellings
 
 IMAGES = frozenset(".png .jpg .jpeg .jfif .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .pnm".split())
 BESIDE = frozenset(".txt .md .csv .tsv .json .xml .html .yaml .yml .ini .db .log".split())  # often lie beside images
@@ -105,8 +106,16 @@ def _spellings(files: list[tuple[str, ...]]) -> list[str]:
     for folder in {part for file in files for part in file[:-1]}:
         written[_name(folder)].add(folder)
     several = sorted(name for name, found in written.items() if len(found) > 1)
+    classes = in_order({_name(file[-2]) for file in files if len(file) > 1})
     return [
-        f"the folders named {name!r} are spelt in {len(written[name])} ways in Unicode, and taken as one." for name in several
+        *(
+            f"the folders named {name!r} are spelt in {len(written[name])} ways in Unicode, and taken as one."
+            for name in several
+        ),
+        *(
+            f"{' and '.join(map(repr, group))} are different classes. Rename the folders if they are one."
+            for group in spellings(classes)
+        ),
     ]
 
 

@@ -40,7 +40,7 @@ def test_under_one_percent_is_a_note(dtype):
     d = check_duplicates(made(1, dtype, notes=("before",)))
     assert d.notes == (
         "before",
-        "made: 1 of 200 test images, which are training images bit for bit (first: training image 0, 'cat', is test image 10, "
+        "made: 1 of 200 test images are training images, bit for bit (first: training image 0, 'cat', is test image 10, "
         "'dog').",
         "made: 2 images are the same as one under another label, bit for bit, so that not both labels are right (first: training "
         "image 0, 'cat', is test image 10, 'dog').",
@@ -51,7 +51,7 @@ def test_under_one_percent_is_a_note(dtype):
 
 @pytest.mark.parametrize("shared", [2, 20])
 def test_one_percent_is_an_error(shared):
-    message = f"under 1% known from training), got {shared} of 200 test images, which are training images bit for bit (first: "
+    message = f"under 1% known from training), got {shared} of 200 test images that are training images, bit for bit (first: "
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         check_duplicates(made(shared))
     assert "--view drop_duplicates+..." in str(error.value) and "or give another test set" in str(error.value)
@@ -179,7 +179,7 @@ def test_copies_are_told_by_their_parts_and_never_refused_for_their_labels():
     ):
         check_duplicates(d)
     told = check_duplicates(d, refuse=False).notes
-    assert told[0].startswith("x: 1 of 4 test images, which are training images bit for bit") and told[1:] == (
+    assert told[0].startswith("x: 1 of 4 test images are training images, bit for bit") and told[1:] == (
         "x: 3 of 9 training images are copies of others there, bit for bit.",
         "x: 1 of 4 test images are copies of others there, bit for bit.",
         "x: 1 of 2 validation images are there elsewhere too, bit for bit.",

@@ -78,6 +78,15 @@ def test_a_single_image_of_a_class_is_trained_on_and_said_not_to_be_tested(photo
     )
 
 
+def test_folders_whose_names_differ_in_case_only_are_told(photos, write):
+    """Two classes all the same: the letters A and a are."""
+    d = load(write("Cat/1.png", pixels(4, 5, 3)))
+    assert (
+        len(d.class_names) == 3
+        and "photos: 'Cat' and 'cat' are different classes. Rename the folders if they are one." in d.notes
+    )
+
+
 def test_names_stay_beside_their_images_through_all_views(write):
     made = {f"{d}/{c}/{n}.png": pixels(3, 3, 3) for d in ("art", "photo") for c in ("a", "b") for n in range(10)}
     for name, image in made.items():

@@ -145,7 +145,7 @@ def test_copies_under_two_labels_come_first_and_known_test_images_are_no_reason_
     ]
     audit.main(flags)
     said = capsys.readouterr().out.replace("\n", " ")
-    assert "note: x: 2 of 40 test images, which are training images bit for bit" in said
+    assert "note: x: 2 of 40 test images are training images, bit for bit" in said
     assert (
         "13 training samples have a copy, the same bit for bit, under another label: not both are right. They come first"
         in said

@@ -167,7 +167,7 @@ def test_classes_and_groups_without_test_samples_are_named(tmp_path, capsys):
     compare.main(["--data", data, *QUICK, "--methods", "ce", "--seeds", "1", "--out", str(tmp_path / "out")])
     said, found = capsys.readouterr().out, results(tmp_path / "out")
     missing = "classes 'digit 7', 'digit 8' and 'digit 9' have no test sample: nobody knows how well they are classified."
-    assert f"note: {missing}" in said and "are over the 7 classes that are tested" in said
+    assert f"note: {missing}" in said and said.count("digit 7") == 1 and "are over the 7 classes that are tested" in said
     assert "note: tail: none of its classes has a test sample, so it has no accuracy." in said and "not balanced" not in said
     assert len(found["data"]["notes"]) >= 2 and found["data"]["test_balanced"] is True
     entry = found["methods"]["ce"]
@@ -186,7 +186,7 @@ def test_notes_tell_apart_the_seeds_whose_test_set_lacks_a_class():
     assert found[0].startswith("class 'd' has no test sample under seed 1: nobody knows how well it is classified.")
     assert found[1] == "tail: none of its classes has a test sample under seed 1, so it has no accuracy."
     two = dataset([0, 0, 0, 1], [0, 1], num_classes=2)
-    assert shared.notes_on_test_sets([two]) == ["medium: no class is there, so it has no accuracy."]
+    assert shared.notes_on_test_sets([two]) == []
     many = [f"{n}" for n in range(12)]
     assert tested.listed(range(12), many) == "12 classes ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9', …)"
 
