@@ -3,14 +3,21 @@
 import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
+from xdist.scheduler import LoadScopeScheduling
 
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"]).pytest()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist writes the groups into the names
-def pytest_collection_modifyitems(items):
+class Scheduler(LoadScopeScheduling):
     """Tests of one file run in one process, which compiles what they share once; the contract's, of all methods, by method."""
-    for item in items:
-        file, _, _ = item.nodeid.partition("::")
-        by_method = file.endswith("test_contract.py") and hasattr(item, "callspec")
-        item.add_marker(pytest.mark.xdist_group(item.callspec.id if by_method else file))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, test = nodeid.partition("::")
+        method = test.partition("[")[2]
+        return method if file.endswith("test_contract.py") and method else file
+
+
+@pytest.hookimpl(optionalhook=True)  # without -n there is nothing to schedule
+def pytest_xdist_make_scheduler(config, log):
+    """Instead of --dist=loadgroup, whose marks xdist 3.8 loses under pytest 9.2."""
+    return Scheduler(config, log)

@@ -77,7 +77,10 @@ def say_warnings() -> None:
     """What the package logs is a note like the others, without the logger's name."""
     handler, logger = logging.StreamHandler(), logging.getLogger("perturbjax")
     handler.setFormatter(logging.Formatter("note: %(message)s"))
-    logger.handlers, logger.propagate = [handler], False
+    logger.handlers = [handler]
+    for other in logging.getLogger().handlers:  # some package's: it would say it again
+        if type(other) is logging.StreamHandler:
+            other.addFilter(lambda record: not record.name.startswith("perturbjax"))
 
 
 def raise_diverged(diverged: list[str]) -> None:

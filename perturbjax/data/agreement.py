@@ -52,7 +52,7 @@ def untested(name: str, test_labels: np.ndarray, class_counts: np.ndarray, class
     shown += f" and {missing.size - 10} more" if missing.size > 10 else ""
     single = (class_counts[missing] == 1).any()
     return (
-        f"{name}: {UNTESTED}, since there are no test {kind} of them: {missing.size} of {len(class_names)} classes: {shown}. No number "
+        f"{name}: {UNTESTED}, for want of test {kind}: {missing.size} of {len(class_names)} classes: {shown}. No number "
         f"says how well they are learnt. {'A single sample can be trained on only: add some.' if single else 'Add some to test on.'}"
     )
 

@@ -189,7 +189,7 @@ def _encoded(
     made = from_parts(name, parts, rows, class_names=class_names, notes=notes)
     texts = dict(zip(("train_texts", "test_texts", "validation_texts"), (part.items for part in chosen)))
     empty = sum(not text.strip() for part in chosen for text in part.items)
-    said += [f"{empty} texts have no word."] if empty else []
+    said += [f"{empty} text{'s have' if empty > 1 else ' has'} no word."] if empty else []
     notes = (*made.notes, *(f"{name}: {note}" for note in said))
     index = {} if train_index is None else {"train_index": train_index, "source_size": None}
     return check(dataclasses.replace(made, tokenizer=tokenizer[0], notes=notes, **texts, **index))

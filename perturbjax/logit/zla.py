@@ -58,7 +58,7 @@ def _check_that_counts_tell(class_counts: ArrayLike, rare: jax.Array) -> None:
         raise ValueError(
             f"zla needs to know which classes are unseen, got counts that don't tell: the rarer half has {unseen:.4g} samples a class, the "
             f"other {seen:.4g}. Write zla(unseen=[{np.flatnonzero(apart)[0]}, ...]), or zla(share=0.5) for the most frequent half as the "
-            "seen classes."
+            "seen classes (the others are then taken as all but unseen, and are learnt badly if they aren't)."
         )
 
 
