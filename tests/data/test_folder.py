@@ -73,7 +73,7 @@ def test_a_single_image_of_a_class_is_trained_on_and_said_not_to_be_tested(photo
     assert d.class_names == ("cat", "dog", "hen") and d.class_counts.tolist() == [7, 7, 1]
     np.testing.assert_array_equal(np.bincount(d.test_labels, minlength=3), [3, 3, 0])
     assert d.notes == (
-        "photos: not tested, since there are no test images of them: 1 of 3 classes: 'hen' (1 in training). No number says how well they "
+        "photos: not tested, for want of test images: 1 of 3 classes: 'hen' (1 in training). No number says how well they "
         "are learnt. A single sample can be trained on only: add some.",
     )
 
