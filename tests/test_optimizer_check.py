@@ -45,8 +45,8 @@ def test_what_a_link_says_of_itself_is_what_it_does(name):
 @pytest.mark.parametrize("earlier", [*TRANSFORMING, *REPLACING])
 def test_nothing_may_change_the_gradient_before_a_link_that_replaces_it(earlier, later):
     one, other = LINKS[earlier](), LINKS[later]()
-    one = "Write it once" if earlier == later else rf"Write {earlier} or {later}, one of them"
-    advice = rf"Write {later}\+{earlier}," if earlier in TRANSFORMING else one
+    both = "Write it once" if earlier == later else rf"Write {earlier} or {later}, one of them"
+    advice = rf"Write {later}\+{earlier}," if earlier in TRANSFORMING else both
     with pytest.raises(ValueError, match=rf"{later} needs the batch's own gradient, got what {earlier} made of it.*{advice}"):
         split_methods((one, other))
     with pytest.raises(ValueError, match=advice):
