@@ -235,7 +235,8 @@ def init_state(recipe: Recipe, numbers: dict, data: DeviceData, seed: int) -> Tr
     opt_state, states = jax.tree.map(jnp.array, (tx.init(trained), made.init(params, like, stats=stats)))
     if split_methods(recipe.build(numbers["method"]))[1]:
         rows = jnp.zeros([recipe.batch_size], jnp.int32)
-        told = dict(labels=rows, side={"domain": rows}, num_classes=recipe.num_classes, num_domains=recipe.num_domains)
+        side = {} if recipe.num_domains is None else {"domain": rows}
+        told = dict(labels=rows, side=side, num_classes=recipe.num_classes, num_domains=recipe.num_domains)
         check_links(tx, trained, opt_state, **told)
     return TrainState(params, stats, opt_state, states, jnp.int32(0), run_key)
 
