@@ -150,17 +150,19 @@ class Objective:
             labels = labels.astype(jnp.int32)
         dtype = _float_type(variables, inputs)
         targets = jax.nn.one_hot(labels, num_classes, dtype=dtype) if data.targets is None else data.targets
+        # In targets and penalty, where it changes no bit of a right label's gradient; a factor of the losses would.
+        wrong, nan = self._no_class(labels, data.weights), jnp.asarray(jnp.nan, dtype)
         weight = lambda given: jnp.ones([count], dtype) if given is None else jnp.asarray(given, dtype)
         flow = Flow(
             value=inputs,
             labels=labels,
-            targets=jnp.asarray(targets, dtype),
-            weights=self._counted(labels, weight(data.weights)) * weight(weights),
+            targets=jnp.where(wrong[:, None], nan, jnp.asarray(targets, dtype)),
+            weights=weight(data.weights) * weight(weights),
             index=jnp.arange(count, dtype=jnp.int32) if data.index is None else data.index,
             side=data.side if self.line.side is None else {**data.side, **self.line.side(inputs)},
             trace={},
             extra={} if data.weights is None else {COUNTED: jnp.asarray(data.weights) != 0},
-            penalty=self._outside(data.index, count, dtype),
+            penalty=self._outside(data.index, count, dtype) + jnp.where(wrong, nan, jnp.zeros([], dtype)),
             stats=stats,
         )
         context = self.context._replace(
@@ -198,11 +200,10 @@ class Objective:
             counted = labels if weights is None else np.where(np.asarray(weights) != 0, np.asarray(labels), 0)
             check_labels("objective", counted, self.context.num_classes)
 
-    def _counted(self, labels: jax.Array, weights: jax.Array) -> jax.Array:
-        """The sample weights [B]; nan for labels outside 0..C-1, so that loss and gradient tell what can't be an error in jit. With
-        weight 0 such a sample is padding."""
+    def _no_class(self, labels: jax.Array, weights: ArrayLike | None) -> jax.Array:
+        """[B] bool: labels outside 0..C-1, which can't be an error in jit. With weight 0 such a sample is padding."""
         outside = (labels < 0) | (labels >= self.context.num_classes)
-        return jnp.where(outside & (weights != 0), jnp.asarray(jnp.nan, weights.dtype), weights)
+        return outside if weights is None else outside & (jnp.asarray(weights) != 0)
 
     def _outside(self, index: jax.Array | None, count: int, dtype: Any) -> jax.Array:
         """[B] zeros; nan for positions beyond the tables by sample, if a link keeps any: the loss then tells what can't be an error in jit."""

@@ -44,7 +44,7 @@ def test_a_label_that_is_none_makes_loss_and_gradient_nan_and_is_padding_with_we
     for label in (-1, CLASSES):
         labels, padding = batch.labels.at[3].set(label), ones.at[3].set(0)
         (loss, _), grads = run(states, labels, ones)
-        assert np.isnan(loss) and broken(grads)
+        assert np.isnan(loss) and (broken(grads) or make is pj.disturb_label)  # which draws other targets for some
         (loss, out), grads = run(states, labels, padding)
         assert np.isfinite(loss) and not broken((grads, out.states))
         if make in WITHOUT_LABELS:

@@ -150,9 +150,7 @@ def test_a_class_without_a_test_sample_is_named_once():
     labels = np.array([0, 1, 2, 0, 1, 1] * 2)
     d = check(small(train_labels=labels, test_labels=np.zeros(6, int), class_names=("cat", "dog", "hen")))
     [note] = d.notes
-    assert note.startswith(
-        "small: not tested, for want of test images: 2 of 3 classes: 'dog' (6 in training), 'hen' (2 "
-    )
+    assert note.startswith("small: not tested, for want of test images: 2 of 3 classes: 'dog' (6 in training), 'hen' (2 ")
     assert check(d).notes == d.notes
     fewer = check(dataclasses.replace(d, test_labels=np.array([0, 1, 0, 0, 0, 0])))
     assert (
