@@ -1,8 +1,9 @@
 """Domain generalization on two cores: PACS, averaged down to 32x32, ResNet-8, trained from scratch; each domain left out in turn.
 
-    python ../shared/data/load.py to-npz pacs PACS.npz
-    python experiments/domains.py --config small_domains --data PACS.npz                # 9 methods x 4 domains x 3 seeds
-    python experiments/domains.py --config small_domains --smoke --data PACS.npz        # the same code, minutes
+    python experiments/domains.py --config small_domains --data PACS --image-size 64              # 9 methods x 4 domains x 3 seeds
+    python experiments/domains.py --config small_domains --smoke --data PACS --image-size 64      # the same code, minutes
+
+PACS (Li et al., ICCV 2017) is a folder PACS/DOMAIN/CLASS/picture.
 
 A protocol of this project (see small_longtail). ERM's split, selection and optimiser are DomainBed's (80/20 in every domain,
 training-domain validation, Adam); its nets are pretrained on ImageNet and ten to thirty points better.

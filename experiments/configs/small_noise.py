@@ -3,10 +3,10 @@
     python experiments/compare.py --config small_noise --data CIFAR10.npz
     python experiments/compare.py --config small_noise --data CIFAR10.npz --view "thin(1000)+shrink(16)+noise(pair, 0.3)"
     python experiments/compare.py --config small_noise --data CIFAR10.npz \\
-        --view "labels(../shared/data/cifar10n.npz, worse_label)+thin(1000)+shrink(16)"     # people's mistakes: CIFAR-N's worst labels
+        --view "labels(CIFAR10N.npz, worse_label)+thin(1000)+shrink(16)"     # people's mistakes: CIFAR-N's worst labels
     python experiments/compare.py --config small_noise --smoke                          # the same code on digits, seconds
 
-A protocol of this project (see small_longtail). The test labels are the true ones.
+CIFAR10N.npz: experiments/convert.py makes it of the authors' file. A protocol of this project (see small_longtail). The test labels are the true ones.
 """
 
 

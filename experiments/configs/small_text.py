@@ -1,6 +1,6 @@
 """Texts on two cores: movie reviews (MR, fold 0: 9,595 training and 1,067 test sentences), BiLSTM with attention, without word vectors.
 
-    python ../shared/data/load.py to-npz mr MR.npz
+    python experiments/convert.py mr rt-polaritydata/ MR.npz        # of the authors' two files
     python experiments/compare.py --config small_text --data MR.npz
     python experiments/compare.py --config small_text --data MR.npz --view "noise(onesided, 0.1)"
     python experiments/compare.py --config small_text --data MR.npz --vectors glove.6B.300d.txt
