@@ -56,6 +56,7 @@ def cifar_n(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def main(argv: list[str]) -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("mr", "cifar-n"))
     parser.add_argument("source", type=pathlib.Path)

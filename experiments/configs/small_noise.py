@@ -6,7 +6,9 @@
         --view "labels(CIFAR10N.npz, worse_label)+thin(1000)+shrink(16)"     # people's mistakes: CIFAR-N's worst labels
     python experiments/compare.py --config small_noise --smoke                          # the same code on digits, seconds
 
-CIFAR10N.npz: experiments/convert.py makes it of the authors' file. A protocol of this project (see small_longtail). The test labels are the true ones.
+CIFAR10N.npz: experiments/convert.py makes it of the authors' file.
+
+A protocol of this project (see small_longtail). The test labels are the true ones.
 """
 
 
