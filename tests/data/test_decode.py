@@ -17,19 +17,6 @@ def pixels(*shape, top=256, dtype=np.uint8):
     return RNG.integers(0, top, shape, dtype=dtype)
 
 
-@pytest.fixture
-def write(tmp_path):
-    """write("cat/1.png", array or image, ...) into a folder named photos."""
-
-    def write(name, image, **settings):
-        path = tmp_path / "photos" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(path, **settings)
-        return tmp_path / "photos"
-
-    return write
-
-
 @pytest.fixture(params=[False, True], ids=["in memory", "mapped"])
 def stored(request, tmp_path, monkeypatch):
     """Both places where images are kept."""

@@ -32,19 +32,6 @@ def pixels(*shape):
 
 
 @pytest.fixture
-def write(tmp_path):
-    """write("cat/1.png", array, ...) into a folder named photos."""
-
-    def write(name, image, **settings):
-        path = tmp_path / "photos" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(path, **settings)
-        return tmp_path / "photos"
-
-    return write
-
-
-@pytest.fixture
 def photos(write):
     """A folder with 10 images of each of two classes, and the images by their name."""
     made = {f"{name}/{n}.png": pixels(4, 5, 3) for name in ("dog", "cat") for n in range(10)}
