@@ -5,6 +5,7 @@
 Word 0 is the padding, so that `tokens != 0` says which positions count.
 """
 
+import abc
 import collections
 import dataclasses
 import functools
@@ -25,7 +26,7 @@ LONGEST_WORD = 100  # characters; BERT takes longer ones for unknown
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Words and their numbers."""
 
     words: tuple[str, ...]
@@ -38,18 +39,18 @@ class Tokenizer:
         """Word -> number."""
         return {word: n for n, word in enumerate(self.words)}
 
+    @abc.abstractmethod
     def numbers(self, text: str) -> list[int]:
         """The numbers of a text's words, at least one."""
-        raise NotImplementedError
 
     def row(self, numbers: Sequence[int], length: int) -> Sequence[int]:
         """The numbers as they stand in a row of that length, still without padding."""
         return numbers[:length]
 
     @property
+    @abc.abstractmethod
     def unknown(self) -> int:
         """The number of all words that are not among these."""
-        raise NotImplementedError
 
     def rows(self, texts: Iterable[str], length: int | None = None) -> np.ndarray:
         """[N, L] int32. length: L; None: as long as the longest text needs, but at most 200."""

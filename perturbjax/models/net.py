@@ -7,6 +7,7 @@ between `stage1` and `stage2`. Every slice of the line runs alone, and slice aft
 where XLA fuses across a site under jit (pre-activation blocks from JAX 0.12 on), which rounds the last bit otherwise.
 """
 
+import abc
 import difflib
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from perturbjax.classes import at_least_float32
 
 
-class Net(nn.Module, kw_only=True):
+class Net(nn.Module, abc.ABC, kw_only=True):
     """A classifier cut at named sites; each family of models says which layers lead from site to site.
 
     num_classes: C. mean, std: per channel. The input site is pixels in [0, 1], [B, H, W, channels]; they are normalised after it.
@@ -56,9 +57,9 @@ class Net(nn.Module, kw_only=True):
             got = (self.frozen,) if isinstance(self.frozen, str) else tuple(self.frozen)
             raise ValueError(f"{kind} needs a tuple of prefixes for frozen, got {self.frozen!r}. Write frozen={got!r}.")
 
+    @abc.abstractmethod
     def layers(self, train: bool) -> dict[str, Callable[..., nn.Module]]:
         """{site: the module that leads there, still without its name}, in order, from the first layer to `features`."""
-        raise NotImplementedError
 
     @property
     def sites(self) -> tuple[str, ...]:
