@@ -44,7 +44,7 @@ def method(
     Args:
       target, direction, inference, granularity: see Coordinates; several targets or granularities as a tuple.
       cite: "Author et al., Venue year".
-      off: the settings that are plain training, bit for bit; None where there are none (mixup, PUGD).
+      off: the settings that are plain training, bit for bit where XLA merges no operations; None where there are none (mixup, PUGD).
       alias: short name on the command line.
       resolve_structure: settings as numbers -> further settings that fix the shape of the computation (a loop's length), for
         callers that trace the numbers afterwards.
