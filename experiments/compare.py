@@ -48,8 +48,7 @@ def main(argv: list[str]) -> None:
     attacks = shared.attacks_of(settings, datasets[0])
     with shared.prepare_out(settings.out, "compare", settings.view, shared.identity(settings, datasets[0])) as folder:
         console = Console(quiet=jax.process_index() > 0)
-        shared.print_notes(datasets[0], console, settings, folder.path, untested=False)
-        shared.print_test_notes(datasets, console)
+        shared.print_notes(datasets[0], console, settings, folder.path, notes=shared.notes_of(datasets))
         shared.print_classifiers(settings, methods, console)
         results_file, report = folder.path / "results.json", folder.path / "report.html"
         started = time.perf_counter()

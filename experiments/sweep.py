@@ -57,8 +57,7 @@ def main(argv: list[str]) -> None:
     shared.check_runs(settings, datasets[0], methods, shared.channel_stats(settings))
     with shared.prepare_out(settings.out, "sweep", settings.view, shared.identity(settings, datasets[0])) as folder:
         console, started = Console(quiet=jax.process_index() > 0), time.perf_counter()
-        shared.print_notes(datasets[0], console, settings, folder.path, untested=False)
-        shared.print_test_notes(datasets, console)
+        shared.print_notes(datasets[0], console, settings, folder.path, notes=shared.notes_of(datasets))
         shared.print_classifiers(settings, methods, console)
         recipes = {shared.make_recipe(settings, datasets[0], method) for method, _ in methods.values()}
         console.print(f"{len(methods)} settings x {settings.seeds} seeds, {len(recipes)} compiled steps", highlight=False)

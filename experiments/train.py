@@ -50,8 +50,7 @@ def main(argv: list[str]) -> None:
     attacks = shared.attacks_of(settings, dataset)
     with shared.prepare_out(settings.out, "train", settings.view, shared.identity(settings, dataset, method=typed)) as folder:
         console, results_file = Console(quiet=jax.process_index() > 0), folder.path / "results.json"
-        shared.print_notes(dataset, console, settings, folder.path, untested=False)
-        shared.print_test_notes([dataset], console)
+        shared.print_notes(dataset, console, settings, folder.path, notes=shared.notes_of([dataset]))
         history, results = shared.finished_run(folder), shared.read_results(results_file)
         if history is not None and results is not None and shared.attacked_before(results, attacks):
             print_table(results, console)

@@ -22,6 +22,9 @@ SELECTION = (
 MORE = ("balanced_accuracy", "macro_f1")
 """What earlier versions' runs don't have."""
 
+TITLES = {"accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy"}
+ORDER = ", which orders the methods since a left-out domain is not balanced"
+
 
 def results_of(settings: DomainsSettings, dataset: Dataset, held: list[int], runs: list[dict]) -> dict:
     """The whole of domains.json."""
@@ -30,12 +33,10 @@ def results_of(settings: DomainsSettings, dataset: Dataset, held: list[int], run
     for typed in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == typed]
         of = lambda key, own=own: [[run[key] for run in own if run["domain"] == name] for name in names]
-        accuracies, lasts = np.array(of("accuracy")), np.array(of("last_accuracy"))
         more = {key: by_domain(names, of(key)) for key in MORE if all(key in run for run in own)}
         methods[typed] = {
-            "domains": {name: summary(row) for name, row in zip(names, accuracies, strict=True)},
-            "mean": summary(accuracies.mean(0)),  # over domains, by seed
-            "last_step": summary(lasts.mean(0)),
+            **by_domain(names, of("accuracy")),
+            "last_step": summary(np.mean(of("last_accuracy"), axis=0)),
             **{key: more.get(key) for key in MORE},
             "seconds_per_step": float(np.mean([run["seconds_per_step"] for run in own])),
             "runs": own,
@@ -78,9 +79,6 @@ def uneven_domains(dataset: Dataset, held: list[int]) -> list[str]:
     ]
 
 
-TITLES = {"accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy"}
-
-
 def tables_of(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, heads, rows) of each table: accuracy by domain, which is DomainBed's, and balanced accuracy.
 
@@ -110,18 +108,14 @@ def markdown(results: dict) -> str:
     """The tables, with what was chosen how, as Markdown."""
     lines: list[str] = []
     for number, (title, head, rows) in enumerate(tables_of(results)):
-        lines += (
-            ([f"{title}:", ""] if number else [])
-            + ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-            + [""]
-        )
-        lines += [f"The table above is {title.lower()}{ORDER * (headline(results) != 'accuracy')}.", ""] if number == 0 else []
+        table = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+        if number == 0:  # the file begins with its table
+            lines += [*table, "", f"The table above is {title.lower()}{ORDER * (headline(results) != 'accuracy')}.", ""]
+        else:
+            lines += [f"{title}:", "", *table, ""]
     seeds = results["settings"]["seeds"]
     over = f", mean ± std over {seeds} seeds" if seeds > 1 else ", one seed"
     return "\n".join([*lines, results["selection"] + f" In percent{over}.", "", f"`{results['command']}`", ""])
-
-
-ORDER = ", which orders the methods since a left-out domain is not balanced"
 
 
 def print_results(results: dict, console: Console) -> None:

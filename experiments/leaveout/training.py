@@ -17,7 +17,7 @@ from experiments import shared
 from experiments.leaveout.plan import DomainsSettings, Job, StepsRecipe, evaluate_every, recipe_of, sample
 from experiments.shared.records import read_json
 from perturbjax import objective
-from perturbjax.analysis.metrics import ClassCounts, class_scores, confusions, predictions
+from perturbjax.analysis.metrics import scores
 from perturbjax.data import Dataset
 from perturbjax.data.domains import DomainSplit, domain_batches, split_domains
 from perturbjax.frozen import covered, join_params, split_params
@@ -26,7 +26,7 @@ from perturbjax.parameter.swad import SWADAverage, is_swad, swad_interval
 from perturbjax.training import DeviceData, Devices, Recipe, RunFolder, TrainState, init_state, predict
 from perturbjax.training.checkpoint import dump_json
 from perturbjax.training.feed import call_length
-from perturbjax.training.loop import EVALUATION_BATCH
+from perturbjax.training.loop import EVALUATION_BATCH, predicted_classes
 from perturbjax.training.step import as_arrays, compiled_step, draw_batch
 
 STATS_BATCHES = 50
@@ -224,15 +224,9 @@ def logits_of(recipe: Recipe, params: Any, stats: Any, dataset: Dataset, rows: n
 def scores_on(recipe: Recipe, params: Any, stats: Any, dataset: Dataset, rows: np.ndarray) -> dict:
     """What is right on the samples at these positions: accuracy, balanced accuracy, macro F1, the numbers of each class ("per_class" is
     accuracy, or recall) and the confusion matrix. Means over classes are over those that are there."""
-    classes, labels = predictions(logits_of(recipe, params, stats, dataset, rows)), dataset.train_labels[rows]
-    counts = ClassCounts.of(classes, labels, dataset.num_classes)
-    return {
-        "accuracy": float(np.mean(classes == labels)),
-        "balanced_accuracy": counts.balanced_accuracy,
-        "macro_f1": counts.macro_f1,
-        **class_scores(counts),
-        "confusion": confusions(classes, labels),
-    }
+    images, batch = dataset.train_images[rows], evaluation_batch(dataset)
+    classes = predicted_classes(recipe.model, params, stats, images, batch_size=batch)
+    return scores(classes, dataset.train_labels[rows], dataset.num_classes)
 
 
 def evaluate(recipe: Recipe, state: TrainState, dataset: Dataset, split: DomainSplit) -> Evaluation:

@@ -31,13 +31,12 @@ from experiments.shared.records import (
     results_of,
     versions,
 )  # fmt: skip
-from experiments.shared.tested import notes_on_test_sets, print_test_notes
+from experiments.shared.tested import notes_of
 
 __all__ = [
     "CONFIGS", "COPIES", "Method", "Settings", "attacked", "attacked_before", "attacks_of", "branch_options", "channel_stats",
     "check_file", "check_runs", "check_step", "classifiers", "command_line", "digest", "finished_before", "finished_run",
-    "first_flags", "flags_of_recipe", "identity", "load_view", "make_numbers", "make_recipe", "method_identity", "notes_on_test_sets",
-    "options",     "parse_methods", "prepare_out", "print_classifiers", "print_notes", "print_test_notes", "raise_diverged", "read_config",
-    "read_results", "record", "refuse", "results_of", "run_place", "slug", "source", "start", "value_of", "versions",
-    "views_of",
+    "first_flags", "flags_of_recipe", "identity", "load_view", "make_numbers", "make_recipe", "method_identity", "notes_of", "options",
+    "parse_methods", "prepare_out", "print_classifiers", "print_notes", "raise_diverged", "read_config", "read_results", "record",
+    "refuse", "results_of", "run_place", "slug", "source", "start", "value_of", "versions", "views_of",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,6 @@ from experiments.shared.folders import slug
 from perturbjax import spec, taxonomy
 from perturbjax.checks import check_number
 from perturbjax.data import VIEWS, Augmentation, Dataset, apply_views, check, check_duplicates, load, write_copies
-from perturbjax.data.agreement import UNTESTED
 from perturbjax.data.duplicates import has_copies
 from perturbjax.data.text import Tokenizer, read_vectors
 from perturbjax.frozen import check_frozen
@@ -138,13 +137,14 @@ def print_notes(
     folder: pathlib.Path,
     *,
     steps: int | None = None,
-    untested: bool = True,
+    notes: Sequence[str] | None = None,
 ) -> None:
-    """What the data's reader wants people to know, and batches that change nothing. steps: of a run; None: by --epochs.
-
-    untested: name the classes without test samples; False before `print_test_notes`, which does so for all seeds.
+    """What people should know of the data, and batches that change nothing.
 
     Where samples are there several times, they are listed in a file in the run's folder.
+
+    Args:
+      steps: of a run; None: by --epochs. notes: on the data (`notes_of`); None: those of its reader.
     """
     total = settings.epochs * (len(dataset.train_labels) // settings.batch_size) if steps is None else steps
     unused = total % settings.accumulate
@@ -157,8 +157,7 @@ def print_notes(
         if has_copies(dataset)
         else ()
     )
-    told = (note for note in dataset.notes if untested or not note.startswith(f"{dataset.name}: {UNTESTED}"))
-    for note in (*told, *copies, *(left if unused else ())):
+    for note in (*(dataset.notes if notes is None else notes), *copies, *(left if unused else ())):
         console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import os
 import pathlib
@@ -33,20 +34,18 @@ LATER = {"shortcut": "A", "background": "white", "skip_damaged": False}
 """Flags that folders of earlier versions don't have, and what they stood for there."""
 
 
-CHANGED: dict[str, dict[str, Any]] = {
-    "gradient_noise": {"eta": 1e-4}, "robust_regression": {"space": "probability"}, "robust_lasso": {"space": "probability"},
-    "rlr": {"weight": 0.25},
-}  # fmt: skip
-"""Defaults that were others in version 0.1.0: folders of runs that leave them unsaid say which they had."""
+CHANGED = {"gradient_noise": "eta", "robust_regression": "space", "robust_lasso": "space", "rlr": "weight"}
+"""Settings whose defaults were others in version 0.1.0: folders of runs that leave them unsaid say which they had."""
 
 
 def method_identity(typed: str, plugins: tuple[str, ...] = ()) -> dict[str, Any]:
     """What a method as typed adds to a run's settings: its name, and the defaults that it takes and that have changed."""
     registry, unsaid = taxonomy.registry(plugins), dict[str, Any]()
     for call in spec.resolve(spec.parse_chain(typed), registry, taxonomy.helpers()):
-        name = registry[call.name].__name__
-        given = dict(call.kwargs)
-        unsaid |= {f"{name}.{key}": value for key, value in CHANGED.get(name, {}).items() if key not in given}
+        make = registry[call.name]
+        name, given = make.__name__, dict(call.kwargs)
+        if (key := CHANGED.get(name)) is not None and key not in given:
+            unsaid[f"{name}.{key}"] = inspect.signature(make).parameters[key].default
     return {"method": typed} | ({"defaults": unsaid} if unsaid else {})
 
 

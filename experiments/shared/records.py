@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments.shared.folders import images_hash
-from experiments.shared.tested import notes_on_test_sets
+from experiments.shared.tested import notes_of
 from perturbjax.analysis import (
     Groups,
     evaluate,
@@ -46,6 +46,7 @@ def record(histories: Sequence[History], datasets: Sequence[Dataset]) -> dict:
         if h.losses is not None
     ]
     tested = sorted(set.intersection(*(set(h.tested) for h in histories)))  # runs may have been told apart when to test
+    balanced = [curve(h, "balanced_accuracy", h.tested) for h in histories]
     curves = {name: [curve(h, name, tested) for h in histories] for name in ("accuracy", "balanced_accuracy", "macro_f1")}
     known = {name: rows for name, rows in curves.items() if all(None not in row for row in rows)}
     return {
@@ -53,9 +54,7 @@ def record(histories: Sequence[History], datasets: Sequence[Dataset]) -> dict:
         "balanced_accuracy": over("balanced_accuracy"),
         "macro_f1": over("macro_f1"),
         "best_epoch_accuracy": summary([max(h.accuracy) for h in histories]),
-        "best_epoch_balanced_accuracy": (
-            summary([max(h.balanced_accuracy) for h in histories]) if all(complete(h) for h in histories) else None
-        ),
+        "best_epoch_balanced_accuracy": None if any(None in row for row in balanced) else summary(list(map(max, balanced))),
         "top5": over("top5"),
         "ece": over("ece"),
         **{name: over_seeds_with(name, runs, datasets) for name in Groups._fields},
@@ -79,14 +78,10 @@ def record(histories: Sequence[History], datasets: Sequence[Dataset]) -> dict:
     }
 
 
-def complete(history: History) -> bool:
-    """Whether its balanced accuracy is known after every epoch that was tested: a version without it may have begun the run."""
-    return len(history.balanced_accuracy) == len(history.tested) and None not in history.balanced_accuracy
-
-
 def curve(history: History, name: str, epochs: Sequence[int]) -> list[float | None]:
-    """One of the history's curves at these epochs; None where it is not known."""
-    return [dict(zip(history.tested, getattr(history, name), strict=False)).get(epoch) for epoch in epochs]
+    """One of the history's curves at these epochs; None where it is not known: a version without it may have begun the run."""
+    known = dict(zip(history.tested, getattr(history, name), strict=False))
+    return [known.get(epoch) for epoch in epochs]
 
 
 def over_seeds_with(group: str, runs: Sequence[dict], datasets: Sequence[Dataset]) -> dict | None:
@@ -181,7 +176,7 @@ def results_of(
             "class_names": list(first.class_names),
             "subset_hash": [d.subset_hash for d in datasets],
             "views": list(first.views),
-            "notes": [*first.notes, *notes_on_test_sets(datasets)],
+            "notes": notes_of(datasets),
             "image_shape": list(first.image_shape),
         },
         "settings": dataclasses.asdict(settings) | {"seeds": list(seeds)},

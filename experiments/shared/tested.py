@@ -3,19 +3,23 @@
 from collections.abc import Sequence
 
 import numpy as np
-from rich.console import Console
 
 from perturbjax.analysis import groups_by_frequency, is_balanced
 from perturbjax.data import Dataset
+from perturbjax.data.agreement import UNTESTED
 
 NAMED = 10
 """Classes that a note names; of more it says how many."""
 
 
-def print_test_notes(datasets: Sequence[Dataset], console: Console) -> None:
-    """Prints `notes_on_test_sets`."""
-    for note in notes_on_test_sets(datasets):
-        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+def notes_of(datasets: Sequence[Dataset]) -> list[str]:
+    """All notes on the data of the seeds: the reader's, of the first seed's, and `notes_on_test_sets`.
+
+    Of classes without a test sample both speak: it is left to the latter, which knows all seeds.
+    """
+    first = datasets[0]
+    others = [note for note in first.notes if not note.startswith(f"{first.name}: {UNTESTED}")]
+    return [*others, *notes_on_test_sets(datasets)]
 
 
 def notes_on_test_sets(datasets: Sequence[Dataset]) -> list[str]:

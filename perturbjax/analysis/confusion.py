@@ -60,7 +60,7 @@ def confusion_plot(results: dict, width: float) -> str:
         for r, c in np.argwhere(np.nan_to_num(shares) >= 0.5) if few else ():
             dark = norm(shares[r, c]) > 0.55
             ax.text(c, r, f"{shares[r, c]:.0f}", ha="center", va="center", fontsize=6.5, color="white" if dark else "#222222")
-    bar = fig.add_axes((0.3 / width, 0.4 / height, min(2.2, width - 0.6) / width, 0.1 / height))
+    bar = fig.add_axes((0.3 / width, 0.4 / height, min(2.2, width - 2) / width, 0.1 / height))
     fig.colorbar(image, cax=bar, orientation="horizontal", ticks=[0, 1, 5, 10, 25, 50, 100])
     bar.set_xlabel("% of the true class's test samples", fontsize=plots.FONT, loc="left")
     bar.tick_params(length=2, labelsize=7)

@@ -61,6 +61,11 @@ class ClassCounts(NamedTuple):
         return np.where(self.support > 0, _share(2 * self.hits, self.predicted + self.support), np.nan)
 
     @property
+    def accuracy(self) -> float:
+        """Share of all samples."""
+        return float(self.hits.sum() / self.support.sum())
+
+    @property
     def balanced_accuracy(self) -> float:
         """The mean of `recall`."""
         return _mean(self.recall)
@@ -70,14 +75,17 @@ class ClassCounts(NamedTuple):
         """The mean of `f1`."""
         return _mean(self.f1)
 
+    def summary(self) -> dict[str, float]:
+        """{"accuracy", "balanced_accuracy", "macro_f1"}."""
+        return {name: getattr(self, name) for name in ("accuracy", "balanced_accuracy", "macro_f1")}
+
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
     """Share of samples whose largest logit is the label's; equal logits: the first wins.
 
     logits (or probabilities): [N, C]. labels: [N] integers in 0..C-1.
     """
-    u, y = _checked("accuracy", logits, labels)
-    return float(_hits(u, y, 1).mean())
+    return _counts("accuracy", logits, labels).accuracy
 
 
 def balanced_accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
@@ -206,8 +214,7 @@ def group_accuracy(logits: ArrayLike, labels: ArrayLike, groups: Groups | None) 
 
     Classes without test samples are left out, a group without any is nan; groups=None (balanced) gives three None.
     """
-    per_class = per_class_accuracy(logits, labels)
-    return dict.fromkeys(Groups._fields) if groups is None else {k: _mean(per_class[v]) for k, v in groups._asdict().items()}
+    return _group_means(per_class_accuracy(logits, labels), groups)
 
 
 def relative_loss_variation(
@@ -251,25 +258,26 @@ def evaluate(logits: ArrayLike, labels: ArrayLike, class_counts: ArrayLike, *, p
             f"Write evaluate(logits, labels, np.bincount(train_labels, minlength={u.shape[1]}))."
         )
     number = lambda x: None if x is None or np.isnan(x) else float(x)
-    found = predictions(u)
-    counts = ClassCounts.of(found, y, u.shape[1])
-    return {
-        "accuracy": number(accuracy(u, y)),
-        "balanced_accuracy": number(counts.balanced_accuracy),
-        "macro_f1": number(counts.macro_f1),
+    found = scores(predictions(u), y, u.shape[1])
+    groups = _group_means(np.array(found["per_class"], np.float64), groups_by_frequency(class_counts))
+    return found | {
         "top5": number(top_k_accuracy(u, y, k=5)) if u.shape[1] > 10 else None,
         "ece": number(expected_calibration_error(u, y, probabilities=probabilities)),
-        **{name: number(value) for name, value in group_accuracy(u, y, groups_by_frequency(class_counts)).items()},
-        **class_scores(counts),
-        "confusion": confusions(found, y),
+        **{name: number(value) for name, value in groups.items()},
     }
 
 
-def class_scores(counts: ClassCounts) -> dict[str, list]:
-    """{"per_class", "precision", "f1", "support"}: plain Python numbers, one for each class; None where they are undefined."""
+def scores(predictions: ArrayLike, labels: ArrayLike, num_classes: int) -> dict:
+    """What `evaluate` reports of predicted classes [N] (-1: none) alone, without logits: all but "top5", "ece" and the groups."""
+    counts = ClassCounts.of(predictions, labels, num_classes)
     plain = lambda values: [None if np.isnan(x) else float(x) for x in values]
-    scores = {"per_class": plain(counts.recall), "precision": plain(counts.precision), "f1": plain(counts.f1)}
-    return scores | {"support": counts.support.tolist()}
+    return counts.summary() | {
+        "per_class": plain(counts.recall),
+        "precision": plain(counts.precision),
+        "f1": plain(counts.f1),
+        "support": counts.support.tolist(),
+        "confusion": confusions(predictions, labels),
+    }
 
 
 def confusions(predictions: ArrayLike, labels: ArrayLike) -> dict[str, list[int]]:
@@ -336,6 +344,10 @@ def _hits(u, y, k):
 def _counts(function, logits, labels):
     u, y = _checked(function, logits, labels)
     return ClassCounts.of(predictions(u), y, u.shape[1])
+
+
+def _group_means(per_class, groups):
+    return dict.fromkeys(Groups._fields) if groups is None else {k: _mean(per_class[v]) for k, v in groups._asdict().items()}
 
 
 def _share(part, whole):

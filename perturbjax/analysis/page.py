@@ -96,7 +96,7 @@ def _facts(results):
         "view": ", then ".join(data.get("views") or ()) or "the data as it is",
         "classes": classes,
         "test samples": _test_counts(data, names),
-        **{key.replace("_", " "): _text(value) for key, value in settings.items()},
+        **{key.replace("_", " "): _text(value) for key, value in settings.items() if key != "data"},
         "training subset": _hashes(data.get("subset_hash"), settings.get("seeds")),
     }
     terms = "\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v)
@@ -109,11 +109,14 @@ def _test_counts(data, names):
     counts = np.asarray(data.get("test_counts") or ())
     if not counts.size:
         return ""
-    low, high = int(np.argmin(counts)), int(np.argmax(counts))
+    there = np.flatnonzero(counts)
+    low, high = there[counts[there].argmin()], counts.argmax()
+    lack = len(counts) - len(there)
+    missing = f"; {lack} {'class' if lack == 1 else 'classes'} without any" * (lack > 0)
     if counts[low] == counts[high]:
-        return f"{counts[high]} of each class"
+        return f"{counts[high]} of each class{missing}"
     verdict = "balanced" if data.get("test_balanced") else "not balanced"
-    return f"{verdict}: from {counts[high]} ({names[high]}) down to {counts[low]} ({names[low]})"
+    return f"{verdict}: from {counts[high]} ({names[high]}) down to {counts[low]} ({names[low]}){missing}"
 
 
 def _hashes(hashes, seeds):
@@ -184,7 +187,7 @@ def _reading(results):
     judged = key.replace("_", " ")
     over = f" over the {len(results['data']['class_counts']) - untested} classes that have test samples" if untested else ""
     notes = {
-        "accuracy": "Test samples classified correctly after the last epoch, fixed beforehand: the honest column. "
+        "accuracy": f"Test samples classified correctly after the last epoch, fixed beforehand{': the honest column' * (key == 'accuracy')}. "
         + ("Mean ± sample standard deviation over the seeds." if seeds > 1 else "One seed, so there is no spread."),
         "balanced_accuracy": f"Mean of the classes' accuracies{over}: each class counts the same, however many test samples it has. "
         + ("It orders the table, since the test set is not balanced." if key != "accuracy" else ""),
@@ -298,7 +301,7 @@ def _confusions(results):
     caption += " (numbers in %)" * (len(classes) <= IN_NUMBERS)
     caption += f". Each cell is a group of about {len(classes) / CELLS:.0f} neighbouring classes" * (len(classes) > CELLS)
     caption += (
-        f". All {seeds} seeds together" * (seeds > 1) + ". The diagonal is right; a dark column takes other classes' samples."
+        f". The {seeds} seeds together" * (seeds > 1) + ". The diagonal is right; a dark column takes other classes' samples."
     )
     caption += f" Of the first {MOST} of {len(names)} methods; results.json has all." * (len(names) > MOST)
     caption += " Grey rows have no test sample." * (num_untested(results) > 0)

@@ -20,7 +20,6 @@ from rich.text import Text
 from perturbjax.analysis.ranking import difference_of, headline, num_untested, ordered
 
 ATTACK = "attack "  # before what was typed, a column's key
-GRADIENTS_NOTE = "; grads: gradient evaluations a step"
 NAME_ROOM = 17
 """Characters of a name for which a narrow table gives up columns; longer ones are folded."""
 
@@ -58,11 +57,8 @@ def table(results: dict, *, ascii: bool = False, wide: bool = False, width: int 
       width: characters; where they are too few for names of 17, seconds and then gradients are left out.
     """
     results = _checked("table", results)
-    names, columns, note = _columns(results, *(("+/-", "-", "-") if ascii else ("±", "-", "–")), narrow=not wide, brief=True)
-    if width is not None:
-        columns = _fitting(columns, names, width, 2 if wide else 1)
-    if "grads" not in columns:
-        note = note.replace(GRADIENTS_NOTE, "")
+    signs = ("+/-", "-", "-") if ascii else ("±", "-", "–")
+    names, columns, note = _columns(results, *signs, narrow=not wide, brief=True, width=width)
     plain = lambda text: Text(text.encode("ascii", "backslashreplace").decode() if ascii else text)
     out = Table(
         box=ASCII_HEAD if ascii else box.SIMPLE_HEAD,
@@ -102,11 +98,18 @@ def markdown(results: dict) -> str:
 
 
 def _columns(
-    results: dict, plus_minus: str = "±", minus: str = "−", none: str = "–", *, narrow: bool = False, brief: bool = False
+    results: dict,
+    plus_minus: str = "±",
+    minus: str = "−",
+    none: str = "–",
+    *,
+    narrow: bool = False,
+    brief: bool = False,
+    width: int | None = None,
 ) -> tuple[list[str], dict[str, list[str]], str]:
     """(methods, {title: one text for each}, what the columns mean), without the columns that have no number at all.
 
-    brief: the spread of the headline only.
+    brief: the spread of the headline only. width: characters that the table may have.
     """
     cells, seeds, first = text_cells(results, plus_minus, minus, none), num_seeds(results), next(iter(results["methods"]))
     key, mean_only = headline(results), lambda column: [cell.split(f" {plus_minus}")[0] for cell in column]
@@ -122,6 +125,11 @@ def _columns(
     title |= attacks
     title |= {"difference": "difference"}
     title |= {"cost_ratio": "cost", "gradient_evaluations": "grads", "seconds": "secs"}
+    names, place = ordered(results), list(results["methods"])
+    rows = [place.index(name) for name in names]
+    columns = {title[name]: [cells[name][i] for i in rows] for name in title if name in cells}
+    if width is not None:
+        columns = _fitting(columns, names, width, 1 if narrow else 2)
     note = f"{key.replace('_', ' ')} in % at the last epoch, {f'mean {plus_minus} std over {seeds} seeds' if seeds > 1 else 'one seed'}"
     note += ", which orders the methods since the test set is not balanced" * (key != "accuracy")
     note += "; acc.: accuracy" if key != "accuracy" else "; bal.: balanced accuracy, the mean over classes" * (other in cells)
@@ -138,10 +146,8 @@ def _columns(
     note += "; memo.: wrong training labels that the net has learnt" * ("memorised" in cells)
     note += "".join(f"; {short}: accuracy under {name.removeprefix(ATTACK)}" for name, short in attacks.items())
     note += "; cost: times plain training" * ("cost_ratio" in cells)
-    note += GRADIENTS_NOTE * ("gradient_evaluations" in cells)
-    names, place = ordered(results), list(results["methods"])
-    rows = [place.index(name) for name in names]
-    return names, {title[name]: [cells[name][i] for i in rows] for name in title if name in cells}, note
+    note += "; grads: gradient evaluations a step" * ("grads" in columns)
+    return names, columns, note
 
 
 def print_table(results: dict, console: Console | None = None) -> None:

@@ -45,6 +45,14 @@ class Trouble(NamedTuple):
         return None if abs(loss) <= LIMIT * math.log(num_classes) else cls(loss, step, run)  # nan compares false
 
 
+class Plain(NamedTuple):
+    """What became of plain training in the method's place."""
+
+    begin: int  # steps taken before it
+    loss: float  # the last one
+    diverges: bool
+
+
 def explain(recipe: Recipe, dataset: Dataset, numbers: dict, seed: int, state: TrainState, last: int, streamed: bool) -> str:
     """Sentences that name the link and the value that started the bad loss at step `last`.
 
@@ -68,32 +76,19 @@ def explain(recipe: Recipe, dataset: Dataset, numbers: dict, seed: int, state: T
     return "On a single device, step by step, it does not happen: the numbers are at the edge. Lower the learning rate."
 
 
-def trained_plainly(recipe: Recipe, numbers: dict, data: DeviceData, state: TrainState, feed: Feed, last: int) -> str:
-    """Sentences about plain training in the method's place, from this good state on, on the same batches up to step `last`."""
-    links, transforms = split_methods(recipe.build(numbers["method"]))
-    names = [link.name or "a link" for link in links] + [link_name(link) for link in transforms]
-    begin, method = int(state.step), " and ".join(dict.fromkeys(names))
-    plain = dataclasses.replace(recipe, build=_no_method)
-    state = jax.tree.map(
-        jnp.copy, state._replace(states=(), opt_state=state.opt_state[-1:])
-    )  # of the descent, behind all links
-    step, loss = compiled_step(plain), math.nan
+def trained_plainly(recipe: Recipe, numbers: dict, data: DeviceData, state: TrainState, feed: Feed, last: int) -> Plain:
+    """Plain training in the method's place, from this good state on, on the same batches up to step `last`."""
+    begin, loss, step = int(state.step), math.nan, compiled_step(dataclasses.replace(recipe, build=_no_method))
+    # The optimiser's last state is the descent's, behind all links.
+    state = jax.tree.map(jnp.copy, state._replace(states=(), opt_state=state.opt_state[-1:]))
     for call in feed.calls_here(begin):
         if call.first > last:
             break
         state, metrics, _ = step(state, numbers, data, call.index, call.images)
         loss = float(metrics["loss"][0])
         if Trouble.of(loss, call.first, 0, recipe.num_classes) is not None:
-            if begin == 0:
-                return "It started in plain cross entropy, before any perturbation: that alone goes the same way. Lower the learning rate."
-            return (
-                f"Plain cross entropy in its place from step {begin + 1} on goes the same way, but from weights that {method} had made: which "
-                "of them it was can't be told from here. Train ce with the same settings to see, or lower the learning rate."
-            )
-    return (
-        f"Plain cross entropy is not at fault: in its place from step {begin + 1} on, on the same batches, it has a loss of {loss:.3g} there. "
-        f"It was {method} that led to these weights: lower its bound, step size or radius, or the learning rate."
-    )
+            return Plain(begin, loss, True)
+    return Plain(begin, loss, False)
 
 
 def _no_method(numbers: Any) -> tuple:
@@ -109,8 +104,8 @@ class _Step:
     data: DeviceData
     state: TrainState
     call: Call
-    plainly: Callable[[], str]
-    """What plain training does in the method's place; trains."""
+    plainly: Callable[[], Plain]
+    """Plain training in the method's place; trains."""
 
     def verdict(self, before: tuple[TrainState, Call] | None) -> str:
         name, size = largest(self.state.params)
@@ -127,14 +122,31 @@ class _Step:
         if first is None:  # no single loss is beyond the limit: all together
             return f"All samples' losses are large. {parameters} Lower the learning rate."
         worst = self.worst(losses[first])
-        if first == 0 and split_methods(self.recipe.build(self.numbers["method"])) != ((), ()):
-            return f"At the weights that this step began with, plain cross entropy is bad too: {worst}. {parameters} {self.plainly()}"
         if first == 0:
-            return f"It started in plain cross entropy, before any perturbation: {worst}. {parameters} Lower the learning rate."
+            return self.without_links(worst, parameters)
         link = made.links[first - 1]
         return (
             f"It started at {link.name or 'a link'} (link {first} of {len(made.links)}, at site {link.site}): {worst}; without it, the "
             f"largest loss of the batch is {sizes[first - 1]:.3g}. Lower its bound or step size. {parameters}"
+        )
+
+    def without_links(self, worst: str, parameters: str) -> str:
+        """Whether it was plain training or the method, where the pass without any link is bad."""
+        links, transforms = split_methods(self.recipe.build(self.numbers["method"]))
+        names = [link.name or "a link" for link in links] + [link_name(link) for link in transforms]
+        method, plain = " and ".join(dict.fromkeys(names)), self.plainly() if names else None
+        if plain is None or (plain.diverges and plain.begin == 0):
+            alone = "" if plain is None else ", and training without any goes the same way"
+            return f"It started in plain cross entropy, before any perturbation: {worst}{alone}. {parameters} Lower the learning rate."
+        too = f"At the weights that this step began with, plain cross entropy is bad too: {worst}. {parameters}"
+        if plain.diverges:
+            return (
+                f"{too} Plain training from step {plain.begin + 1} on goes the same way, but from weights that {method} had made: which of "
+                "them it was can't be told from here. Train ce with the same settings to see, or lower the learning rate."
+            )
+        return (
+            f"{too} Plain training is not at fault: from step {plain.begin + 1} on, on the same batches, it has a loss of {plain.loss:.3g} "
+            f"there. It was {method} that led to these weights: lower its bound, step size or radius, or the learning rate."
         )
 
     def update(self) -> str:

@@ -336,12 +336,7 @@ class _Training:
     def _test(self, state: Any, s: int, epoch: int) -> dict[str, float]:
         """Accuracy, balanced accuracy and macro F1 on the test set of one of the runs, entered into its books."""
         labels, classes = self.runs[s].dataset.test_labels, self._predict(state, s, of=predicted_classes)
-        counts = ClassCounts.of(classes, labels, self.recipe.num_classes)
-        scores = {
-            "accuracy": float(np.mean(classes == labels)),
-            "balanced_accuracy": counts.balanced_accuracy,
-            "macro_f1": counts.macro_f1,
-        }
+        scores = ClassCounts.of(classes, labels, self.recipe.num_classes).summary()
         for name, value in scores.items():
             getattr(self.progress, name)[s].append(value)
         if scores["accuracy"] > self.progress.best[s].get("accuracy", -1.0):

@@ -169,7 +169,9 @@ def test_classes_and_groups_without_test_samples_are_named(tmp_path, capsys):
     missing = "classes 'digit 7', 'digit 8' and 'digit 9' have no test sample: nobody knows how well they are classified."
     assert f"note: {missing}" in said and said.count("digit 7") == 1 and "are over the 7 classes that are tested" in said
     assert "note: tail: none of its classes has a test sample, so it has no accuracy." in said and "not balanced" not in said
-    assert len(found["data"]["notes"]) >= 2 and found["data"]["test_balanced"] is True
+    shown = [note for note in found["data"]["notes"] if "digit 7" in note]  # once in the report, too
+    assert len(shown) == 1 and missing in shown[0] and found["data"]["test_balanced"] is True
+    assert "<dd>20 of each class; 3 classes without any</dd>" in (tmp_path / "out" / "report.html").read_text()
     entry = found["methods"]["ce"]
     assert entry["per_class"][7:] == [None] * 3 and entry["tail"]["values"] == [None] and entry["head"]["mean"] is not None
     assert entry["balanced_accuracy"]["mean"] == pytest.approx(np.mean(entry["per_class"][:7]))
@@ -181,12 +183,12 @@ def test_classes_and_groups_without_test_samples_are_named(tmp_path, capsys):
 def test_notes_tell_apart_the_seeds_whose_test_set_lacks_a_class():
     rare, all_there = [0] * 5 + [1] * 4 + [2] * 3 + [3], [0, 1, 2, 3]
     one, other = dataset(rare, all_there), dataset(rare, [0, 1, 2, 2])
-    assert shared.notes_on_test_sets([one, one]) == []
-    found = shared.notes_on_test_sets([one, other])
+    assert tested.notes_on_test_sets([one, one]) == []
+    found = tested.notes_on_test_sets([one, other])
     assert found[0].startswith("class 'd' has no test sample under seed 1: nobody knows how well it is classified.")
     assert found[1] == "tail: none of its classes has a test sample under seed 1, so it has no accuracy."
     two = dataset([0, 0, 0, 1], [0, 1], num_classes=2)
-    assert shared.notes_on_test_sets([two]) == []
+    assert tested.notes_on_test_sets([two]) == []
     many = [f"{n}" for n in range(12)]
     assert tested.listed(range(12), many) == "12 classes ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9', …)"
 

@@ -344,12 +344,13 @@ CASES = {
     ),
     "links of both kinds that do so": (
         lambda n: (pj.lpg(bound=1e12, direction=1.0, clamp=False), pj.sam()), {},
-        r"Plain cross entropy is not at fault: in its place from step \d on, on the same batches, it has a loss of \d\.\d+ there\. "
+        r"Plain training is not at fault: from step \d on, on the same batches, it has a loss of \d\.\d+ there\. "
         r"It was lpg and sam that led to these weights",
     ),
     "a learning rate at which plain training goes the same way": (
         lambda n: (pj.lpl(), pj.sam()), {"learning_rate": 1e30},
-        r"plain cross entropy is bad too: .* It started in plain cross entropy, before any perturbation: that alone goes the same way",
+        r"\. It started in plain cross entropy, before any perturbation: the loss of sample \d+ is \S+, one of \d+ such losses of \d+, "
+        r"and training without any goes the same way\. The largest parameter is \S+ in absolute value \(in .*\)\. Lower the learning rate",
     ),
     "the learning rate": (
         plain, {"learning_rate": 1e30},
