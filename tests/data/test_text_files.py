@@ -218,7 +218,7 @@ BAD = {
     "no label": ("x.csv", "text,stars\na,1\n", "needs a label in every row"),
     "short row": ("x.csv", "text,label\na,1\nb\n", "needs 2 columns in every row of .*got 1 in row 2. Put texts with commas"),
     "long row": ("x.csv", "text,label\na, b,1\n", "got 3 in row 1"),
-    "empty label": ("x.csv", "text,label\na,1\nb, \n", r"needs a label .*got none in row 2 \(''\). Drop the rows without one .row 1 has the first"),
+    "empty label": ("x.csv", "text,label\na,1\nb, \n", r"needs a label .*got none in 1 row \(2\) \(''\). Drop the rows without one .row 1 has the first"),
     "no labels": ("x.csv", "text,label\na,1\nb, \nc,nan\nd,NaN\ne,2\n", r"got none in 3 rows \(2, 3, 4\) \('', 'NaN', 'nan'\)"),
     "header only": ("x.csv", "text,label\n", "needs training texts in x, got none"),
     "one class": ("x.csv", "text,label\na,1\nb,1\n", "at least 2 classes of x, got 1"),
