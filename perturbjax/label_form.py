@@ -7,7 +7,7 @@ import collections
 import decimal
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ import numpy as np
 SHOWN = 10  # positions, or pairs, in a message
 MISSING = frozenset(("", "nan", "<na>", "#n/a", "n/a"))
 """How tables write a label that is not there, in lower case. "none" and "NA" are classes in real sets."""
+DOUBTFUL, RARE = frozenset(("na", "null", "none")), 0.5
+"""These, where they are rarer than that share of the other labels' mean."""
 SEVERAL = "Several classes a sample is not what this library does"
 
 
@@ -68,6 +70,17 @@ def numbered(found: Sequence[int] | np.ndarray, one: str = "row") -> str:
 def is_missing(label: str) -> bool:
     """Whether a label in a table says that there is none."""
     return label.strip().lower() in MISSING
+
+
+def doubtful(counts: Mapping[str, int]) -> list[str]:
+    """The labels in a table that are rare, and may say that there is none. counts: {label: its rows}.
+
+    >>> doubtful({"good": 20, "bad": 30, "NA": 2}), doubtful({"good": 20, "bad": 30, "none": 25})
+    (['NA'], [])
+    """
+    found = [label for label in counts if label.lower() in DOUBTFUL]
+    others = [count for label, count in counts.items() if label not in found]
+    return [label for label in found if others and counts[label] < RARE * np.mean(others)]
 
 
 def spellings(names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -178,7 +191,7 @@ def _of_texts(texts: list[str], dtype: np.dtype) -> tuple[str, str]:
 
 def _one_way(group: tuple[str, ...]) -> str:
     number = all(_number(text.strip()) for text in group)
-    return "labels.astype(float).astype(int)." if number else f"[label.strip().lower() for label in labels]."
+    return "labels.astype(float).astype(int)." if number else "[label.strip().lower() for label in labels]."
 
 
 def _text(value: Any) -> str:
