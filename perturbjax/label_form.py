@@ -7,7 +7,7 @@ import collections
 import decimal
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,13 @@ import numpy as np
 SHOWN = 10  # positions, or pairs, in a message
 MISSING = frozenset(("", "nan", "<na>", "#n/a", "n/a"))
 """How tables write a label that is not there, in lower case. "none" and "NA" are classes in real sets."""
+DOUBTFUL, RARE = frozenset(("na", "null", "none")), 0.5
+"""These, where they are rarer than that share of the other labels' mean."""
 SEVERAL = "Several classes a sample is not what this library does"
 
 
-def trouble(labels: Any, name: str = "labels", *, samples: str = "samples") -> tuple[str, str] | None:
+def trouble(labels: Any) -> tuple[str, str] | None:
     """(what is there, the line to write instead) of labels that are no integers [N] or [N, 1]; None of those that are.
-
-    Args:
-      name: of the labels in the lines to write. samples: what else has rows to drop, in words.
 
     >>> trouble([2, 0, 1])
     >>> trouble([[0, 1], [1, 1], [1, 0]])[0]
@@ -37,18 +36,18 @@ def trouble(labels: Any, name: str = "labels", *, samples: str = "samples") -> t
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim == 2:
-        return _of_rows(array, name)
+        return _of_rows(array)
     if array.ndim != 1:
         return f"shape {list(array.shape)}", "Give one class for each sample, [N]."
     if np.issubdtype(array.dtype, np.integer):
         return None
     if array.dtype.kind == "O":
-        return _of_objects(array, name, samples)
+        return _of_objects(array)
     if array.dtype.kind in "UST":
-        return _of_texts([_text(value) for value in array.tolist()], array.dtype, name, samples)
+        return _of_texts([_text(value) for value in array.tolist()], array.dtype)
     if array.dtype.kind == "f":
-        return _of_floats(array, name, samples)
-    fix = f"Write {name}.astype(np.int32)" + ("." if array.dtype.kind == "b" else ", if these are whole numbers.")
+        return _of_floats(array)
+    fix = "Write labels.astype(np.int32)" + ("." if array.dtype.kind == "b" else ", if these are whole numbers.")
     return f"dtype {array.dtype}", fix
 
 
@@ -57,16 +56,31 @@ def multi_hot(rows: np.ndarray) -> bool:
     return bool(np.isin(rows, (0, 1)).all() and (rows.sum(1) > 1).any())
 
 
-def positions(bad: np.ndarray, one: str = "row", *, first: int = 0) -> str:
-    """Which rows of a mask [N], counted from `first`: "3 rows (0, 4, 7)", at most ten of them."""
-    found = np.flatnonzero(bad)
-    shown = ", ".join(str(n + first) for n in found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+def positions(bad: np.ndarray) -> str:
+    """Which rows of a mask [N]: "3 rows (0, 4, 7)", at most ten of them."""
+    return numbered(np.flatnonzero(bad))
+
+
+def numbered(found: Sequence[int] | np.ndarray, one: str = "row") -> str:
+    """How many rows, and which: "3 rows (0, 4, 7)", at most ten of them."""
+    shown = ", ".join(map(str, found[:SHOWN])) + (", ..." if len(found) > SHOWN else "")
     return f"{len(found)} {one}{'s' * (len(found) != 1)} ({shown})"
 
 
 def is_missing(label: str) -> bool:
     """Whether a label in a table says that there is none."""
     return label.strip().lower() in MISSING
+
+
+def doubtful(counts: Mapping[str, int]) -> list[str]:
+    """The labels in a table that are rare, and may say that there is none. counts: {label: its rows}.
+
+    >>> doubtful({"good": 20, "bad": 30, "NA": 2}), doubtful({"good": 20, "bad": 30, "none": 25})
+    (['NA'], [])
+    """
+    found = [label for label in counts if label.lower() in DOUBTFUL]
+    others = [count for label, count in counts.items() if label not in found]
+    return [label for label in found if others and counts[label] < RARE * np.mean(others)]
 
 
 def spellings(names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -103,7 +117,7 @@ def pairs(groups: Sequence[tuple[str, ...]]) -> str:
     return shown + (f"; {len(groups) - SHOWN} more" if len(groups) > SHOWN else "")
 
 
-def _of_rows(array: np.ndarray, name: str) -> tuple[str, str]:
+def _of_rows(array: np.ndarray) -> tuple[str, str]:
     shape = f"shape {list(array.shape)}"
     try:
         values = array.astype(np.float64)
@@ -111,10 +125,10 @@ def _of_rows(array: np.ndarray, name: str) -> tuple[str, str]:
         return shape, f"{SEVERAL}: give one name for each sample, [N]."
     nan, total = np.isnan(values).any(1), values.sum(1)
     if nan.any():
-        return f"{shape} with nan in {positions(nan)}", f"Drop these rows: keep = ~np.isnan({name}).any(1)."
+        return f"{shape} with nan in {positions(nan)}", "Drop these rows: keep = ~np.isnan(labels).any(1)."
     if np.isin(values, (0, 1)).all():
         several, none = total > 1, total == 0
-        keep = f"keep the samples of one, keep = {name}.sum(1) == 1, and {name}[keep].argmax(-1)"
+        keep = "keep the samples of one, keep = labels.sum(1) == 1, and labels[keep].argmax(-1)"
         if several.any():
             return (
                 f"{shape} with several classes in {positions(several)}",
@@ -122,62 +136,62 @@ def _of_rows(array: np.ndarray, name: str) -> tuple[str, str]:
             )
         if none.any():
             return f"{shape} with no class in {positions(none)}", f"{keep[0].upper()}{keep[1:]}."
-        return shape, f"Write {name}.argmax(-1) for one-hot rows."
+        return shape, "Write labels.argmax(-1) for one-hot rows."
     if (values >= 0).all() and np.allclose(total, 1, atol=1e-3):
-        return f"{shape} of probabilities", f"Write {name}.argmax(-1) for the likeliest class of each sample."
+        return f"{shape} of probabilities", "Write labels.argmax(-1) for the likeliest class of each sample."
     return (
         f"{shape} with several numbers a sample",
-        f"Write {name}.argmax(-1) if these are scores of the classes, or take one column, {name}[:, 0]. {SEVERAL}.",
+        f"Write labels.argmax(-1) if these are scores of the classes, or take one column, labels[:, 0]. {SEVERAL}.",
     )
 
 
-def _of_floats(array: np.ndarray, name: str, samples: str) -> tuple[str, str]:
+def _of_floats(array: np.ndarray) -> tuple[str, str]:
     nan, infinite = np.isnan(array), np.isinf(array)
     part = np.nan_to_num(array, posinf=0, neginf=0) % 1 != 0
     if nan.any():
         them = "it" if nan.sum() == 1 else "them"
         return (
             f"nan in {positions(nan)} of {array.dtype}",
-            f"Drop {them}: keep = ~np.isnan({name}); {name}[keep].astype(np.int32), and the same {samples}.",
+            f"Drop {them}: keep = ~np.isnan(labels); labels[keep].astype(np.int32), and the same samples.",
         )
     if infinite.any():
         return f"infinity in {positions(infinite)} of {array.dtype}", "Drop these rows."
     if part.any():
         return (
             f"numbers with a fraction in {positions(part)}, the first {array[np.argmax(part)]:g}",
-            f"Classes are whole numbers: cut these into some, np.digitize({name}, edges).",
+            "Classes are whole numbers: cut these into some, np.digitize(labels, edges).",
         )
-    return f"dtype {array.dtype}", f"Write {name}.astype(np.int32)."
+    return f"dtype {array.dtype}", "Write labels.astype(np.int32)."
 
 
-def _of_objects(array: np.ndarray, name: str, samples: str) -> tuple[str, str]:
+def _of_objects(array: np.ndarray) -> tuple[str, str]:
     values = array.tolist()
     lists = np.array([isinstance(value, list | tuple | set | np.ndarray) for value in values], bool)
     if lists.any():
         return f"lists in {positions(lists)}", f"{SEVERAL}: give each sample one."
     texts = ["" if value is None else _text(value) for value in values]
     if all(isinstance(value, int | np.integer) for value in values):
-        return f"dtype {array.dtype}", f"Write {name}.astype(np.int32)."
-    missing = [is_missing(text) for text in texts]
-    if all(lacks or isinstance(value, int | float | np.number) for value, lacks in zip(values, missing)) and not all(missing):
-        numbers = [math.nan if lacks else float(value) for value, lacks in zip(values, missing)]
-        return _of_floats(np.array(numbers), name, samples)
-    return _of_texts(texts, array.dtype, name, samples)
+        return f"dtype {array.dtype}", "Write labels.astype(np.int32)."
+    lacks = [is_missing(text) and not isinstance(value, str | bytes) for value, text in zip(values, texts)]
+    if all(lack or isinstance(value, int | float | np.number) for value, lack in zip(values, lacks)) and not all(lacks):
+        got, fix = _of_floats(np.array([math.nan if lack else value for value, lack in zip(values, lacks)], np.float64))
+        return got, fix.replace("isnan(labels)", "isnan(labels.astype(float))")  # isnan takes no objects
+    return _of_texts(texts, array.dtype)
 
 
-def _of_texts(texts: list[str], dtype: np.dtype, name: str, samples: str) -> tuple[str, str]:
+def _of_texts(texts: list[str], dtype: np.dtype) -> tuple[str, str]:
     missing = np.array([is_missing(text) for text in texts], bool)
     if missing.any():
-        return f"no label in {positions(missing)}", f"Drop these rows, and the same {samples}."
+        return f"no label in {positions(missing)}", "Drop these rows, and the same samples."
     if groups := spellings(texts):
-        return f"{pairs(groups)} as different classes", "Write one of each: " + _one_way(groups[0], name)
-    names = name if dtype.kind != "O" else f"{name}.astype(str)"
+        return f"{pairs(groups)} as different classes", "Write one of each: " + _one_way(groups[0])
+    names = "labels" if dtype.kind != "O" else "labels.astype(str)"
     return f"dtype {dtype}", f"Write np.unique({names}, return_inverse=True)[1] for names."
 
 
-def _one_way(group: tuple[str, ...], name: str) -> str:
+def _one_way(group: tuple[str, ...]) -> str:
     number = all(_number(text.strip()) for text in group)
-    return f"{name}.astype(float).astype(int)." if number else f"[label.strip().lower() for label in {name}]."
+    return "labels.astype(float).astype(int)." if number else "[label.strip().lower() for label in labels]."
 
 
 def _text(value: Any) -> str:

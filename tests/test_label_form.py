@@ -10,11 +10,13 @@ from perturbjax.analysis import accuracy
 from perturbjax.analysis.attack import clean_accuracy
 from perturbjax.analysis.sharpness import data_loss
 from perturbjax.data import Dataset, check
-from perturbjax.label_form import folded, is_missing, positions, spellings, trouble
+from perturbjax.label_form import folded, is_missing, numbered, positions, spellings, trouble
 
 NAN = float("nan")
 SEVERAL = "Several classes a sample is not what this library does"
+OF_OBJECTS = "Drop it: keep = ~np.isnan(labels.astype(float)); labels[keep].astype(np.int32)"
 CASES = {
+    "text among numbers": (np.array([0, "", 1], object), "no label in 1 row (1)", "Drop these rows"),
     "one-hot": (np.eye(3)[[0, 2, 1, 0]], "shape [4, 3]", "Write labels.argmax(-1) for one-hot rows."),
     "several ones": ([[1, 0], [1, 1], [0, 1], [1, 1]], "shape [4, 2] with several classes in 2 rows (1, 3)", SEVERAL),
     "a row of none": (
@@ -26,8 +28,12 @@ CASES = {
     "scores": ([[3, 7], [-1, 0]], "shape [2, 2] with several numbers a sample", "Write labels.argmax(-1) if these are scores"),
     "nan in a row": ([[1, 0], [NAN, 1]], "shape [2, 2] with nan in 1 row (1)", "keep = ~np.isnan(labels).any(1)"),
     "nan": ([0, NAN, 1, NAN], "nan in 2 rows (1, 3) of float64", "keep = ~np.isnan(labels); labels[keep].astype(np.int32)"),
-    "None": (np.array([0, None, 1], object), "nan in 1 row (1) of float64", "Drop it: keep = ~np.isnan(labels)"),
-    "pandas": (pandas.array([0, None, 1], dtype="Int64"), "nan in 1 row (1) of float64", "Drop it: keep"),
+    "None": (np.array([0, None, 1], object), "nan in 1 row (1) of float64", OF_OBJECTS),
+    "pandas": (
+        pandas.array([0, None, 1], dtype="Int64"),
+        "nan in 1 row (1) of float64",
+        "Drop it: keep = ~np.isnan(labels); labels[keep]",
+    ),
     "names of pandas": (pandas.Series(["a", None, "b"], dtype="string"), "no label in 1 row (1)", "Drop these rows"),
     "infinity": ([0, np.inf], "infinity in 1 row (1) of float64", "Drop these rows."),
     "fractions": ([0, 0.5], "numbers with a fraction in 1 row (1), the first 0.5", "np.digitize(labels, edges)"),
@@ -62,6 +68,9 @@ def test_integers_are_labels(labels):
 
 
 def test_the_lines_to_write_give_labels():
+    for labels in (np.array([2, None, 1], object), np.array([2, NAN, 1], object)):
+        keep = ~np.isnan(labels.astype(float))
+        assert labels[keep].astype(np.int32).tolist() == [2, 1]
     labels = np.array([2.0, NAN, 1.0])
     keep = ~np.isnan(labels)
     assert trouble(labels[keep].astype(np.int32)) is None
@@ -76,7 +85,7 @@ def test_the_lines_to_write_give_labels():
 
 def test_positions_are_counted_and_cut():
     assert positions(np.arange(30) % 2 == 1) == "15 rows (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ...)"
-    assert positions(np.array([True]), "sample", first=1) == "1 sample (1)"
+    assert numbered([1], "sample") == "1 sample (1)"
 
 
 def test_different_classes_stay_different():

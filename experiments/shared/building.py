@@ -97,17 +97,20 @@ def load_view(
 
     refuse_duplicates: raise ValueError where the test set is known from training, once all copies are listed in a file.
     """
-    views = views_of(settings.view) if views is None else views
-    form = {"text_length": settings.text_length, "vocabulary": settings.vocabulary, "vocabulary_size": settings.vocabulary_size}
-    form |= {"background": settings.background, "skip_damaged": settings.skip_damaged}
-    found = source(settings.data, settings.image_size, **form)
-    dataset = check(apply_views(found, views, seed))
+    dataset = viewed(settings, seed, views_of(settings.view) if views is None else views)
     try:
         return check_duplicates(dataset, refuse=refuse_duplicates)
     except ValueError as error:
         out = getattr(settings, "out", None)
         file = pathlib.Path(out) / COPIES if out else pathlib.Path("runs") / f"duplicates-{slug(dataset.name)}.csv"
         raise ValueError(f"{error} All copies, with their labels, are listed in {list_copies(dataset, file)}.") from error
+
+
+def viewed(settings: Settings, seed: int, views: tuple[Callable, ...]) -> Dataset:
+    """The same, without a look for duplicates."""
+    form = {"text_length": settings.text_length, "vocabulary": settings.vocabulary, "vocabulary_size": settings.vocabulary_size}
+    form |= {"background": settings.background, "skip_damaged": settings.skip_damaged}
+    return check(apply_views(source(settings.data, settings.image_size, **form), views, seed))
 
 
 def list_copies(dataset: Dataset, file: pathlib.Path) -> pathlib.Path:
@@ -182,7 +185,7 @@ def print_classifiers(settings: Settings, methods: dict, console: Console) -> No
 @functools.cache
 def channel_stats(settings: Settings) -> tuple | None:
     """Channel means and deviations of the view drawn with seed 0: one normalisation, hence one compiled step, for all seeds."""
-    dataset = load_view(settings, 0, refuse_duplicates=False)  # the runs' own data have been checked
+    dataset = viewed(settings, 0, views_of(settings.view))  # the runs' own data have been looked through for duplicates
     return dataset.channel_stats() if dataset.tokenizer is None else None
 
 

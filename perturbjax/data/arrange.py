@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perturbjax.data.dataset import Dataset, as_images, as_labels, name_classes, stratified
+from perturbjax.data.dataset import PARTS, Dataset, as_images, as_labels, name_classes, stratified
 
-NAMES = ("train", "test", "validation")
 TEST_SHARE, SPLIT_SEED = 0.3, 0  # of a source without a test set; fixed, so that everybody tests on the same samples
 
 
@@ -106,5 +105,5 @@ def from_parts(
         validation_labels=None if validation is None else validation.labels,
         notes=tuple(notes),
         source_size=size,
-        **({} if files is None else {f"{key}_names": files[part.items] for key, part in zip(NAMES, chosen)}),
+        **({} if files is None else {f"{key}_names": files[part.items] for key, part in zip(PARTS, chosen)}),
     )

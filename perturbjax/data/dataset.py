@@ -12,7 +12,8 @@ from perturbjax.data.agreement import UNTESTED, check_ranges, overshoots, renewe
 from perturbjax.data.text import Tokenizer
 from perturbjax.label_form import trouble
 
-PARTS = ("train_images", "test_images", "validation_images")
+PARTS = ("train", "test", "validation")
+FOUR = "the images have 4 channels"  # how the note on them begins, after the set's name
 BLOCK, BLOCK_VALUES = 1024, 2**22  # images, and pixel values, worked on at a time: nothing needs a copy of a large set
 
 
@@ -76,6 +77,12 @@ class Dataset:
         return "images" if self.tokenizer is None else "texts"
 
     @property
+    def images(self) -> dict[str, np.ndarray]:
+        """{"train_images": [N, ...], "test_images": [M, ...]}, and "validation_images" where there are any."""
+        keys = [f"{part}_images" for part in PARTS]
+        return {key: images for key in keys if (images := getattr(self, key)) is not None}
+
+    @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
@@ -131,8 +138,7 @@ def check(dataset: Dataset) -> Dataset:
     as_inputs = as_images if d.tokenizer is None else functools.partial(as_tokens, size=len(d.tokenizer.words))
     notes = d.notes
     if d.tokenizer is None:
-        parts = {key: x for key in PARTS if (x := getattr(d, key)) is not None}
-        notes = renewed(notes, f"{d.name}: value ranges differ", check_ranges(d.name, parts))
+        notes = renewed(notes, f"{d.name}: value ranges differ", check_ranges(d.name, d.images))
     train_images = as_inputs("train_images" + of, d.train_images)
     test_images = as_inputs("test_images" + of, d.test_images)
     same_images("test_images" + of, test_images, train_images)
@@ -171,8 +177,8 @@ def check(dataset: Dataset) -> Dataset:
             raise ValueError(
                 f"check needs {part}_texts{of} for each of the {count} rows of tokens, got {len(texts)}. Give both of the same samples."
             )
-    for key, labelled in (("train", d.train_labels), ("test", d.test_labels), ("validation", d.validation_labels)):
-        files = getattr(d, key + "_names")
+    for key in PARTS:
+        files, labelled = getattr(d, key + "_names"), getattr(d, key + "_labels")
         if files is not None and (labelled is None or len(files) != len(labelled)):
             raise ValueError(
                 f"check needs {key}_names{of}, one for each of the {0 if labelled is None else len(labelled)} samples, got {len(files)}. "
@@ -185,7 +191,7 @@ def check(dataset: Dataset) -> Dataset:
             if getattr(d, key) is not None:
                 extra[key] = as_labels(key + of, getattr(d, key), length, len(domains))
     if d.tokenizer is None:
-        notes = renewed(notes, f"{d.name}: the images have 4 channels", four_channels(d.name, train_images))
+        notes = renewed(notes, f"{d.name}: {FOUR}", four_channels(d.name, train_images))
     test_labels = labels("test_labels", d.test_labels, len(test_images))
     notes = renewed(notes, f"{d.name}: {UNTESTED}", untested(d.name, test_labels, counts, names, d.kind))
     train_index = np.asarray(d.train_index)
@@ -221,9 +227,10 @@ def as_images(what: str, images: np.ndarray) -> np.ndarray:
     """
     images = images if isinstance(images, np.memmap) else np.asarray(images)
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        pixels = "" if images.dtype == bool else "images.astype(np.uint8) for pixels 0..255, "  # uint8 takes 1 for nearly black
         raise ValueError(
             f"check needs {what} as uint8 or as floats in [0, 1], got dtype {images.dtype}. "
-            "Write images.astype(np.uint8) for pixels 0..255, images.astype(np.float32) for values in [0, 1]."
+            f"Write {pixels}images.astype(np.float32) for values in [0, 1]."
         )
     if images.ndim == 3:
         images = images[..., None]
@@ -273,7 +280,7 @@ def four_channels(name: str, images: np.ndarray) -> str | None:
     if images.shape[-1] != 4:
         return None
     return (
-        f"{name}: the images have 4 channels, and all of them are trained on. If the fourth is opacity (RGBA), write "
+        f"{name}: {FOUR}, and all of them are trained on. If the fourth is opacity (RGBA), write "
         "perturbjax.data.on_background(images, 'white') for each part."
     )
 

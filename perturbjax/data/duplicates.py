@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perturbjax.data.dataset import Dataset
+from perturbjax.data.dataset import PARTS, Dataset
 
 SHARE = 0.01  # of the test images: from here on a test result says more about memory than about new images
-PARTS = ("train", "test", "validation")
 MARK = "bit for bit"  # in every note on copies
 
 

@@ -8,6 +8,7 @@ import codecs
 import gzip
 import lzma
 import pathlib
+import re
 from collections.abc import Callable, Iterable
 from typing import TextIO
 
@@ -23,6 +24,7 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 """What separates columns of a table, and what it is called."""
 LOOKED_AT, GUESSED = 2**28, 2**20  # bytes looked at for what is not UTF-8, and for a guess from there on
 EXCERPT = 12  # characters before and after those that are not UTF-8
+KANA, JAPANESE = re.compile("[\u3041-\u30ff]"), 0.1  # of the characters beyond ASCII at least are kana, which others have not
 WESTERN = 0.25  # of the characters at most are beyond ASCII in languages that one reads in Latin-1 and its likes
 
 
@@ -74,6 +76,12 @@ def is_western(data: bytes) -> bool:
     return sum(byte > 127 for byte in data) <= WESTERN * visible
 
 
+def is_japanese(data: bytes, encoding: str) -> bool:
+    """Whether the text, read so, has kana: short ones are taken for Korean by what goes by statistics alone."""
+    beyond = [char for char in data.decode(encoding, errors="replace") if not char.isascii()]
+    return len(KANA.findall("".join(beyond))) >= JAPANESE * len(beyond) > 0
+
+
 def foreign(data: bytes, path: pathlib.Path) -> str:
     """What to do with text that is not UTF-8: which encodings it may be in, what it says in each, and the line that converts it."""
     if data.startswith(b"PK\x03\x04"):
@@ -99,7 +107,8 @@ def candidates(data: bytes) -> list[str]:
     import charset_normalizer  # slow to import, and for errors only
 
     found = [match.encoding for match in charset_normalizer.from_bytes(data)]
-    return list(dict.fromkeys((["cp1252"] if is_western(data) else []) + found))[:3]
+    sure = ["cp1252"] if is_western(data) else [name for name in ("cp932", "euc_jp") if is_japanese(data, name)]
+    return list(dict.fromkeys(sure + found))[:3]
 
 
 def excerpt(data: bytes, encoding: str) -> str:

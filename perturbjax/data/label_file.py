@@ -12,7 +12,7 @@ import numpy as np
 
 from perturbjax.checks import nearest
 from perturbjax.data.encoding import DELIMITERS, read_text
-from perturbjax.label_form import folded, is_missing, pairs, positions, spellings, trouble
+from perturbjax.label_form import folded, is_missing, numbered, pairs, spellings, trouble
 
 TEXT = (".txt", ".csv")
 CLEAN = "clean_label"  # CIFAR-N's files hold the authors' labels under this key
@@ -67,7 +67,7 @@ def as_numbers(labels: LabelFile, class_names: tuple[str, ...]) -> np.ndarray:
             n = next(n for n in unknown if not values[n].lstrip("-").isdecimal())
             meant = {folded(name): name for name in (*map(str, range(len(class_names))), *class_names)}.get(folded(values[n]))
             if meant is not None:
-                count = sum(value == values[n] for value in values)
+                count = (values == values[n]).sum()
                 raise ValueError(
                     f"labels needs the classes as the data has them, got {str(values[n])!r} for sample {n} in {labels.where} ({count} such "
                     f"labels). Write {meant!r}."
@@ -88,10 +88,9 @@ def as_numbers(labels: LabelFile, class_names: tuple[str, ...]) -> np.ndarray:
 
 def _check_texts(where: str, values: np.ndarray, unknown: list[int]) -> None:
     """Raises ValueError for lines without a label, and for labels that seem to be one class, differently written."""
-    missing = np.isin(np.arange(len(values)), [n for n in unknown if is_missing(str(values[n]))])
-    if missing.any():
+    if missing := [n for n in unknown if is_missing(str(values[n]))]:
         raise ValueError(
-            f"labels needs an integer or a class name for every sample, got none for {positions(missing, 'sample')} in {where}. "
+            f"labels needs an integer or a class name for every sample, got none for {numbered(missing, 'sample')} in {where}. "
             "Write their labels: the file has one for every sample of the data, in its order."
         )
     strange = {str(values[n]) for n in unknown}

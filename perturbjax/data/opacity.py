@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 from PIL import ImageColor
 
-from perturbjax.data.dataset import PARTS, Dataset, in_blocks
+from perturbjax.data.agreement import renewed
+from perturbjax.data.dataset import FOUR, Dataset, in_blocks
 
 UNTOUCHED = "none"  # in place of a colour
 
@@ -54,7 +55,7 @@ def laid(dataset: Dataset, background: str) -> Dataset:
     """A checked data set whose images of four channels lie on the background, with a note; untouched for "none" and other images."""
     if dataset.tokenizer is not None or dataset.image_shape[-1] != 4 or background == UNTOUCHED:
         return dataset
-    images = {key: getattr(dataset, key) for key in PARTS if getattr(dataset, key) is not None}
+    images = dataset.images
     full = 255 if dataset.train_images.dtype == np.uint8 else 1
     if not any(x[block, ..., 3].any() for x in images.values() for block in in_blocks(x)):
         raise ValueError(
@@ -63,10 +64,9 @@ def laid(dataset: Dataset, background: str) -> Dataset:
         )
     transparent = sum(int((x[block, ..., 3] < full).any((1, 2)).sum()) for x in images.values() for block in in_blocks(x))
     total = sum(map(len, images.values()))
-    notes = tuple(note for note in dataset.notes if not note.startswith(f"{dataset.name}: the images have 4 channels"))
     note = (
         f"{dataset.name}: four channels are taken as RGBA: {transparent} of {total} images are transparent somewhere, and laid on "
         f"{background}. If the fourth is something else, write --background none (load(..., background='none')) to train on all four."
     )
     laid_on = {key: on_background(x, background) for key, x in images.items()}
-    return dataclasses.replace(dataset, notes=(*notes, note), **laid_on)
+    return dataclasses.replace(dataset, notes=renewed(dataset.notes, f"{dataset.name}: {FOUR}", note), **laid_on)

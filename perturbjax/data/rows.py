@@ -9,10 +9,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple, TextIO
 
-import numpy as np
-
 from perturbjax.data.encoding import DELIMITERS, open_text, reading
-from perturbjax.label_form import SEVERAL, is_missing, positions
+from perturbjax.label_form import SEVERAL, is_missing, numbered
 
 KEYS = {  # columns of a .csv, keys of a .jsonl: the first that there is
     "text": ("text", "sentence", "review", "content"),
@@ -44,10 +42,9 @@ def read_rows(path: pathlib.Path, notes: list[str]) -> list[Row]:
         rows = list(read(path, stream, notes))
         if _shown(stream) != "UTF-8":
             notes.append(f"{path.name}: read as {_shown(stream)}.")
-    missing = np.array([is_missing(row.label) for row in rows], bool)
-    if missing.any():
-        numbers = _numbers([row.number for row in itertools.compress(rows, missing)])
-        written = ", ".join(sorted({repr(row.label) for row in itertools.compress(rows, missing)}))
+    if missing := [row for row in rows if is_missing(row.label)]:
+        numbers = numbered([row.number for row in missing])
+        written = ", ".join(sorted({repr(row.label) for row in missing}))
         raise ValueError(
             f"load needs a label (a name or a whole number) in every row of {str(path)!r}, got none in {numbers} ({written}). "
             "Drop the rows without one (row 1 has the first text)."
@@ -57,12 +54,6 @@ def read_rows(path: pathlib.Path, notes: list[str]) -> list[Row]:
 
 def _shown(stream: TextIO) -> str:
     return stream.encoding.upper().removesuffix("-SIG")
-
-
-def _numbers(found: list[int]) -> str:
-    """ "row 2", or "3 rows (2, 5, 7)"."""
-    mask = np.isin(np.arange(max(found) + 1), found)
-    return f"row {found[0]}" if len(found) == 1 else positions(mask)
 
 
 def _csv_rows(path: pathlib.Path, stream: TextIO, notes: list[str]) -> Iterator[Row]:

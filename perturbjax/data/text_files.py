@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from perturbjax.data import unspaced
+from perturbjax.data import tfds, unspaced
 from perturbjax.data.arrange import Part, from_parts
 from perturbjax.data.dataset import Dataset, as_labels, check, name_classes
 from perturbjax.data.encoding import encoding_of, foreign, is_western
 from perturbjax.data.folder import BESIDE, IMAGES, SPLITS, in_order, listed
 from perturbjax.data.rows import TABLES, Row, by_split, is_table, read_rows
 from perturbjax.data.text import SIZE, Tokenizer, Words, build_words, objects, read_pieces, unpack
-from perturbjax.label_form import SHOWN, spellings
+from perturbjax.label_form import SHOWN, doubtful, spellings
 
 NO_CLASS = re.compile(r"^(readme|licen[sc]e|changelog|vocab)\b", re.IGNORECASE)  # text files that hold no samples
 CUTS = ("spaces", "characters")
@@ -69,7 +69,7 @@ def is_folder(folder: pathlib.Path) -> bool:
     files, folders = _entries(folder)
     if _tables(folder):  # beside images they tell something of these
         return not any(file.suffix.lower() in IMAGES for sub in folders for file in sub.rglob("*"))
-    if (folder / "dataset_info.json").is_file() or any(file.suffix.lower() in IMAGES for file in files):
+    if (folder / tfds.INFO).is_file() or any(file.suffix.lower() in IMAGES for file in files):
         return False
     if folders:
         of_splits = all(sub.name.lower() in SPLITS for sub in folders)
@@ -149,8 +149,11 @@ def _one_class_each(name: str, parts: Mapping[str, Sequence[Row]], notes: list[s
     composed = {label: unicodedata.normalize("NFC", label) for label in written}
     twice = [label for label in written if composed[label] != label and composed[label] in written]
     if twice:
-        listed = ", ".join(composed[label] for label in twice[:SHOWN])
-        notes.append(f"{name}: labels that only differ in how their accents are stored are one class ({listed}).")
+        shown = ", ".join(composed[label] for label in twice[:SHOWN])
+        notes.append(f"{name}: labels that only differ in how their accents are stored are one class ({shown}).")
+    if rare := doubtful(written):
+        shown = " and ".join(f"{label!r} ({written[label]} text{'s' * (written[label] != 1)})" for label in rare)
+        notes.append(f"{name}: {shown} stand as classes. Drop those rows if they say that there is no label.")
     if groups := spellings(composed.values()):
         first = {row.label: row.number for rows in reversed(list(parts.values())) for row in reversed(rows)}
         place = lambda label: "" if first[label] is None else f", the first in row {first[label]}"

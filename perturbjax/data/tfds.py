@@ -71,13 +71,13 @@ def read(name: str, image_size: int | None) -> Dataset:
 def _prepared(text: str) -> pathlib.Path:
     """The folder of that name with dataset_info.json in it, the highest version where there are several."""
     as_path = pathlib.Path(text).expanduser()
-    if text[:1] in ("~", ".") or as_path.is_absolute() or (as_path / "dataset_info.json").is_file():
+    if text[:1] in ("~", ".") or as_path.is_absolute() or (as_path / INFO).is_file():
         where, version, command = as_path, "", ""
     else:
         data = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
         base, _, version = text.partition(":")
         where, command = data / base, _command(text)
-    if version and (where / version / "dataset_info.json").is_file():
+    if version and (where / version / INFO).is_file():
         return where / version
     found = [] if version else _versions(where)
     if found:
@@ -110,16 +110,16 @@ def _command(name: str) -> str:
 
 def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
     """The prepared versions in a folder, or the folder itself if it is one, the highest last."""
-    if (folder / "dataset_info.json").is_file():
+    if (folder / INFO).is_file():
         return [folder]
-    found = folder.glob("*.*.*/dataset_info.json") if folder.is_dir() else ()
+    found = folder.glob(f"*.*.*/{INFO}") if folder.is_dir() else ()
     number = lambda path: tuple((part.isdecimal(), int(part) if part.isdecimal() else 0) for part in path.name.split("."))
     return sorted((file.parent for file in found), key=number)
 
 
 def _check_format(folder: pathlib.Path) -> None:
     try:
-        info = json.loads((folder / "dataset_info.json").read_text())
+        info = json.loads((folder / INFO).read_text())
     except ValueError as error:
         raise ValueError(
             f"load needs a prepared set, got {str(folder)!r}, whose dataset_info.json is damaged ({error}). Prepare it again."

@@ -15,10 +15,7 @@ BLOCKS = (  # Unicode's, without Chinese characters
     (0x3001, 0x312F), (0x31A0, 0x31BF), (0x31F0, 0x31FF), (0xA000, 0xA4CF), (0xA980, 0xA9FF), (0xAA60, 0xAADF),  # kana, Yi, Javanese
     (0xFF01, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40), (0xFF5B, 0xFF9F),  # wide punctuation, narrow kana
 )  # fmt: skip
-FAR = (
-    (0x1AFF0, 0x1B16F),
-    (0x20000, 0x3FFFD),
-)  # more kana and Chinese characters; as ranges, since `re` has a table up to 0xFFFF only
+FAR = ((0x1AFF0, 0x1B16F), (0x20000, 0x3FFFD))  # more kana and Chinese characters: `re` has a table up to 0xFFFF only
 CHINESE = ((0x2E80, 0x2FDF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF))
 JOINERS = "\u200c\u200d\ufe00-\ufe0f"  # invisible, between characters that belong together
 

@@ -20,9 +20,7 @@ from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits
 from perturbjax.loss.kd import distillation_losses
 from perturbjax.method import method
 
-_TARGETS = (
-    "dlb targets"  # in flow.extra of the second pass: its targets [B, C] before what acts on labels, mixed where inputs were
-)
+_TARGETS = "dlb targets"  # in flow.extra of the second pass: its [B, C] before what acts on labels, mixed where inputs were
 _LAST = "dlb"  # in flow.extra: (logits of the last batch now [B, C], the clean ones, the Last as this device has it)
 
 

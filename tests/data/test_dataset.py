@@ -202,7 +202,7 @@ TRAIN, TEST = small().train_images, small().test_images
         ({"train_labels": np.zeros(12, int), "test_labels": np.zeros(6, int)}, "at least 2 classes of small, got 1"),
         ({"train_images": NAN}, "finite train_images of small, got 2 pixels that are not, the first in image 3"),
         ({"train_images": TRAIN.astype(np.int64)}, "got dtype int64. Write images.astype(np.uint8)"),
-        ({"train_images": TRAIN > 9}, "got dtype bool"),
+        ({"train_images": TRAIN > 9}, "got dtype bool. Write images.astype(np.float32) for"),
         ({"train_images": TRAIN * 1.0}, "write images / 255"),
         ({"train_images": TRAIN / 16.0}, "got 0 to 15.9375. They look like 0..16 (scikit-learn's digits): write"),
         ({"train_images": TRAIN / 127.5 - 1}, "They look normalised already"),

@@ -218,7 +218,7 @@ BAD = {
     "no label": ("x.csv", "text,stars\na,1\n", "needs a label in every row"),
     "short row": ("x.csv", "text,label\na,1\nb\n", "needs 2 columns in every row of .*got 1 in row 2. Put texts with commas"),
     "long row": ("x.csv", "text,label\na, b,1\n", "got 3 in row 1"),
-    "empty label": ("x.csv", "text,label\na,1\nb, \n", r"needs a label .*got none in row 2 \(''\). Drop the rows without one .row 1 has the first"),
+    "empty label": ("x.csv", "text,label\na,1\nb, \n", r"a label .*got none in 1 row \(2\) \(''\). Drop the rows without one .row 1 has the first"),
     "no labels": ("x.csv", "text,label\na,1\nb, \nc,nan\nd,NaN\ne,2\n", r"got none in 3 rows \(2, 3, 4\) \('', 'NaN', 'nan'\)"),
     "header only": ("x.csv", "text,label\n", "needs training texts in x, got none"),
     "one class": ("x.csv", "text,label\na,1\nb,1\n", "at least 2 classes of x, got 1"),
@@ -252,6 +252,14 @@ def test_labels_that_seem_to_be_one_class_are_named(tmp_path, names, message):
     ]  # one of them in the test set only
     with pytest.raises(ValueError, match="one way of writing each class of x, got"):
         load(write_jsonl(tmp_path / "x.jsonl", parted))
+
+
+def test_rare_classes_that_may_be_missing_labels_are_noted(tmp_path):
+    usual = [(f"text {n}", ("good", "bad", "none")[n % 3]) for n in range(60)]  # "none" is as common as the others: a class
+    d = load(write_csv(tmp_path / "x.csv", [*usual, *[("so so", "NA")] * 2, ("what", "null")]))
+    assert {"bad", "good", "none", "NA", "null"} == set(d.class_names)
+    note = "x: 'NA' (2 texts) and 'null' (1 text) stand as classes. Drop those rows if they say that there is no label."
+    assert note in d.notes and load(write_csv(tmp_path / "y.csv", usual)).notes == ()
 
 
 def test_files_of_one_class_under_two_names_are_named(tmp_path):
@@ -325,6 +333,8 @@ FOREIGN = {
     "cp1251": "Очень хороший фильм",
     "cp874": "หนังเรื่องนี้สนุกมาก",
     "cp949": "정말 재미있는 영화였다",
+    "cp932": "この映画はとても良かった",
+    "euc_jp": "この映画はとても良かった",
 }
 
 
