@@ -1,4 +1,8 @@
-"""Which tests run in one process; the Python blocks of README and docs as tests, those of one file sharing their names, as a reader expects."""
+"""Which tests run in one process, and on whose methods; the Python blocks of README and docs as tests, those of one file sharing their
+names, as a reader expects."""
+
+import os
+import pathlib
 
 import pytest
 from sybil import Sybil
@@ -6,6 +10,20 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 from xdist.scheduler import LoadScopeScheduling
 
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"]).pytest()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--plugin", action="append", default=[], dest="methods_of", metavar="FILE",
+        help="Python file with methods of your own, which the contract's tests then ask too (docs/add_a_method.md)",
+    )  # fmt: skip
+
+
+def pytest_configure(config):
+    """By the environment (tests/methods.py): what tests are parametrised by is known when their files are imported."""
+    files = [str(pathlib.Path(file).resolve()) for file in config.getoption("methods_of")]
+    if files:
+        os.environ["PERTURBJAX_TESTED_PLUGINS"] = os.pathsep.join(files)
 
 
 class Scheduler(LoadScopeScheduling):

@@ -24,7 +24,7 @@ from perturbjax.checks import check_index, check_labels, check_number, is_traced
 from perturbjax.classes import AxisName, wide
 from perturbjax.label_form import multi_hot, trouble
 from perturbjax.line import Line, line
-from perturbjax.link import COUNTED, TAIL, Chain, Context, Flow, Perturbation, Rest, Where, chain
+from perturbjax.link import COUNTED, TAIL, Chain, Context, Flow, Perturbation, Rest, Where, chain, searched_from
 
 # Folded into the step's key for the model's own random draws; links fold in their position, which stays far below.
 _MODEL_STREAM = 0x6D6F64
@@ -272,6 +272,11 @@ def objective(
                     "outputs": "Give the model one more output: create(..., abstain=True), --abstain.",
                 }.get(need, f"The model's sites are {', '.join(made.sites)}: cut it there with pj.line.")
                 raise ValueError(f"{link.name or 'link'} needs {need!r}, got none. {how}")
+        if link.reads_labels and link.site != "logits":
+            raise ValueError(
+                f"{link.name or 'link'} needs the site 'logits' for reads_labels=True, got {link.site!r}. Leave reads_labels out: nothing "
+                "is in the logits yet, or any more."
+            )
     check_number("objective", low=1, replays=replays)
     if num_classes < 2:
         raise ValueError(f"objective needs num_classes >= 2, got {num_classes}. With one class there is nothing to learn.")
@@ -336,6 +341,8 @@ class _Pass:
                 begun = number == start and i < first_link
                 if link.site != stops[number] or begun or (keep is None and link.search):
                     continue
+                if link.reads_labels:
+                    flow = searched_from(flow, flow.value)
                 own = states[_owner(self.links, i)]
                 flow, state, found = link.apply(flow, self._rest(flow, number, i + 1, key), own, self._of(i, key))
                 if keep is not None:

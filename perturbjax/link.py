@@ -170,6 +170,7 @@ class Perturbation(NamedTuple):
     search: bool = False  # reruns the rest of the pass: left out of the rest of earlier links, so that costs add up
     needs: tuple[str, ...] = ()  # sites, "head", "cosine", "class_counts", "domains", "index": checked before training
     name: str = ""  # of the method it belongs to, for metrics and messages; set by @method
+    reads_labels: bool = False  # puts the label into the logits: what comes after takes its class statistics from those before
     shared: bool = False  # links with one `init` have one state, each as the link before left it (sites up to the loss)
 
 
@@ -217,8 +218,12 @@ def clean_logits(flow: Flow, logits: jax.Array) -> jax.Array:
     return jnp.where(known, clean.astype(logits.dtype), logits)
 
 
-def keep_clean(flow: Flow, logits: jax.Array, *, searched: ArrayLike = True) -> Flow:
-    """The flow with `clean_logits` for later links: those of the first link that keeps some. searched: whether this one acts in this step."""
+def searched_from(flow: Flow, logits: jax.Array, *, searched: ArrayLike = True) -> Flow:
+    """The flow with the logits [B, C] of a pass that was clean for later links' `clean_logits`; those that an earlier link has left stay.
+
+    What a link returns whose search began with such a pass (a pass calls it before links that read labels). searched: whether it acts in this
+    step.
+    """
     known, before = flow.extra.get(CLEAN, (False, logits))
     done = jnp.asarray(searched) | (known if before.shape == logits.shape else False)
     clean = jax.lax.stop_gradient(clean_logits(flow, logits))

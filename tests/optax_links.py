@@ -1,32 +1,16 @@
-"""Every method that is an optax link, found by its coordinates, and a small problem that gives it all that a trainer does."""
+"""For links of the optimiser: a small problem that gives it all that a trainer does."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import perturbjax as pj
 
-LINKS = [f for f in vars(pj).values() if hasattr(f, "coordinates") and hasattr(f(), "update")]
 C, B = 3, 6
 LABELS = jnp.array([0, 1, 2, 0, 1, 0], jnp.int32)
 STEPS_TOTAL = 10
 QUIET = {pj.dp_sgd: dict(noise_multiplier=0.0), pj.gradient_noise: dict(eta=0.0)}  # where a draw covers what is compared
-
-
-def asks(make):
-    """Whether it asks for gradients itself."""
-    return bool(optax.tree_utils.tree_get_all_with_path(make().init(jnp.zeros(2)), "evaluations"))
-
-
-ASKING = [f for f in LINKS if asks(f)]
-
-
-def each(links):
-    """Parametrises over links; optax's own add_noise mixes dtypes."""
-    marks = lambda f: [pytest.mark.optax_promotes] if f is pj.gradient_noise else []
-    return pytest.mark.parametrize("make", [pytest.param(f, id=f.__name__, marks=marks(f)) for f in links])
 
 
 def parameters(dtype=jnp.float32):

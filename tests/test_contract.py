@@ -15,18 +15,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import perturbjax as pj
 from perturbjax import spec, taxonomy
 from perturbjax.link import TAIL, clean_logits
+from tests.methods import METHODS, PLUGINS, each
 
-METHODS = [f for f in vars(pj).values() if hasattr(f, "coordinates")]
 SWITCHABLE = [f for f in METHODS if f.off is not None]
 ON = {"gradient_clipping": dict(bound=0.05), "mbls": dict(margin=0.1)}  # where the defaults do nothing to so small a problem
 # Partners are drawn within the batch at hand, so per-device code mixes within each device's share: by nature, and documented.
 MIX_WITHIN_THE_BATCH = {"mixup", "cutmix", "manifold_mixup", "domain_mixup"}
-
-
-def each(methods):
-    """Parametrises over methods; optax's own add_noise mixes dtypes."""
-    marks = lambda f: [pytest.mark.optax_promotes] if f is pj.gradient_noise else []
-    return pytest.mark.parametrize("make", [pytest.param(f, id=f.__name__, marks=marks(f)) for f in methods])
 
 
 every_method = each(METHODS)
@@ -232,15 +226,15 @@ def test_a_step_is_finite_and_keeps_the_state_as_it_is(make):
 
 @every_method
 def test_all_numbers_of_a_structure_share_one_compilation(make):
-    chain = spec.parse_chain(make.alias or make.__name__)
-    structure, numbers = spec.split_numbers(chain, taxonomy.registry(), taxonomy.helpers())
+    chain, tables = spec.parse_chain(make.alias or make.__name__), (taxonomy.registry(PLUGINS), taxonomy.helpers())
+    structure, numbers = spec.split_numbers(chain, *tables)
     params, stats, batch = problem()
     state, traces = start(make(), params, stats, batch), []
 
     @jax.jit
     def step(state, numbers, key):
         traces.append(1)
-        [made] = spec.build(structure, numbers, taxonomy.registry(), taxonomy.helpers())
+        [made] = spec.build(structure, numbers, *tables)
         return one_step(made, state, batch, key)
 
     for number in range(3):
@@ -398,7 +392,9 @@ def test_what_later_links_take_for_clean_logits_knows_nothing_of_the_labels(make
 @every_method
 def test_every_method_is_in_the_table_once_for_each_of_its_targets_and_granularities(make):
     at, name = make.coordinates, f"{make.alias or make.__name__}{taxonomy.sign(make.coordinates.direction)}"
-    found = [(row["target"], row["granularity"]) for row in taxonomy.table() if name in row[at.inference]]
+    found = [
+        (row["target"], row["granularity"]) for row in taxonomy.table(taxonomy.methods(PLUGINS)) if name in row[at.inference]
+    ]
     assert sorted(found) == sorted((t, g) for t in at.target for g in at.granularity)
 
 

@@ -21,7 +21,7 @@ from perturbjax.bound import Bound, LayerScaled, check_bound, layer_scaled, need
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import AxisName, class_count, class_mean, wide
 from perturbjax.inference.pgd import pgd
-from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, keep_clean
+from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, searched_from
 from perturbjax.method import method
 from perturbjax.projection import group_norm
 from perturbjax.split import Clean, Split, as_split
@@ -151,7 +151,7 @@ def lpa(
 
     def apply(flow: Flow, rest: Rest, state: Any, context: Context):
         delta, (_, clean), state, metrics = search(flow, rest, state, context, False)
-        return keep_clean(flow, clean)._replace(value=flow.value + delta), state, metrics
+        return searched_from(flow, clean)._replace(value=flow.value + delta), state, metrics
 
     needed = needs(bound, split)
     if len(sites) > 1:

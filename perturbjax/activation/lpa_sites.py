@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from perturbjax.classes import AxisName, class_mean
-from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
+from perturbjax.link import Context, Flow, Perturbation, Rest, searched_from
 
 
 class SitesState(NamedTuple):
@@ -102,7 +102,7 @@ def site_links(
             evaluations = found.pop("inner_evaluations")
             metrics = found if metrics is None else jax.tree.map(lambda a, b: jnp.where(active, a, b), found, metrics)
             state = SitesState(split, state.effects.at[number].set(effect))
-            flow = keep_clean(flow, logits, searched=active)
+            flow = searched_from(flow, logits, searched=active)
             flow = flow._replace(value=flow.value + delta, extra={**flow.extra, seen: (counted | active, metrics)})
             chosen = jnp.argmax(state.effects).astype(jnp.int32)
             effects = {f"effect_{name}": state.effects[i] for i, name in enumerate(sites)}

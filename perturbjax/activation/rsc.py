@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import AxisName, number, own_entries, wide
-from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, keep_clean
+from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, searched_from
 from perturbjax.method import method
 from perturbjax.rounding import rounded_down
 
@@ -83,7 +83,7 @@ def rsc(
             "drop": jax.lax.stop_gradient(drop).mean(),
             "inner_evaluations": jnp.float32(1.5),  # the slope, and one more forward pass
         }
-        flow = keep_clean(flow, clean_logits(clean, clean.trace["logits"]))
+        flow = searched_from(flow, clean_logits(clean, clean.trace["logits"]))
         return flow._replace(value=jnp.where(muted, 0, flow.value)), state, metrics
 
     return Perturbation(site, lambda context: (), apply, search=True)

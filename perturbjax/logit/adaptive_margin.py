@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import AxisName, class_sum, own_entries
-from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
+from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale, of_labels
 from perturbjax.method import method
 
@@ -68,7 +68,6 @@ def adaptive_margin(
         return jnp.full([context.num_classes], margin, context.dtype)
 
     def apply(flow: Flow, rest: Rest, state: jax.Array, context: Context):
-        flow = keep_clean(flow, flow.value)  # what follows knows the label
         s = head_scale(scale, context)
         amounts = jnp.asarray(s, flow.value.dtype) * of_labels(state, flow.labels).astype(flow.value.dtype)
         value = flow.value + at_true_class(-amounts, flow.labels, context.num_classes)
@@ -85,4 +84,4 @@ def adaptive_margin(
         )  # fmt: skip
         return flow._replace(value=value), after, {"margin_mean": state.mean(), "margin_max": state.max()}
 
-    return Perturbation("logits", init, apply, needs=head_needs(scale))
+    return Perturbation("logits", init, apply, needs=head_needs(scale), reads_labels=True)

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number, check_samples
 from perturbjax.classes import own_entries, wide
-from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
+from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale
 from perturbjax.method import method
 
@@ -66,7 +66,6 @@ def arcface(*, margin: ArrayLike = 0.5, scale: ArrayLike | Literal["norm"] | Non
         check_number("arcface", low=0, open_low=True, scale=scale)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        flow = keep_clean(flow, flow.value)  # what follows knows the label
         if isinstance(scale, str):
             assert context.head is not None  # it is among the needs
             rows, features = context.head()[0].astype(flow.value.dtype), flow.trace["features"].astype(flow.value.dtype)
@@ -80,4 +79,4 @@ def arcface(*, margin: ArrayLike = 0.5, scale: ArrayLike | Literal["norm"] | Non
         return flow._replace(value=flow.value + shift), state, {}
 
     needs = ("features", "head") if isinstance(scale, str) else head_needs(scale)
-    return Perturbation("logits", lambda context: (), apply, needs=needs)
+    return Perturbation("logits", lambda context: (), apply, needs=needs, reads_labels=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_classes, check_labels, check_number
-from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
+from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.logit.cosine import DEFAULT_SCALE, at_true_class, head_needs, head_scale
 from perturbjax.method import method
 
@@ -48,9 +48,8 @@ def cosface(*, margin: ArrayLike = 0.35, scale: ArrayLike | None = None) -> Pert
     check_number("cosface", low=0, open_low=True, scale=scale)
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        flow = keep_clean(flow, flow.value)  # what follows knows the label
         amount = _amount(margin, head_scale(scale, context))
         shift = at_true_class(amount, flow.labels, context.num_classes)
         return flow._replace(value=flow.value + shift.astype(flow.value.dtype)), state, {}
 
-    return Perturbation("logits", lambda context: (), apply, needs=head_needs(scale))
+    return Perturbation("logits", lambda context: (), apply, needs=head_needs(scale), reads_labels=True)

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_number
 from perturbjax.classes import RunningCovariance, running_covariance_init, running_covariance_update, wide
-from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
+from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.method import method
 
 
@@ -91,7 +91,6 @@ def isda(
         return ISDAState(*now, epoch, began)
 
     def apply(flow: Flow, rest: Rest, state: ISDAState, context: Context):
-        flow = keep_clean(flow, flow.value)  # what follows knows the label
         after = advance(state, flow, context)
         ramped = jnp.asarray(
             {"step": lambda: context.progress, "epoch": lambda: after.began, "none": lambda: 1}[ramp](), context.dtype
@@ -101,4 +100,4 @@ def isda(
         shift = isda_delta(weights, covariance, strength=jnp.asarray(strength, context.dtype) * ramped)
         return flow._replace(value=flow.value + shift[flow.labels].astype(flow.value.dtype)), after, {}
 
-    return Perturbation("logits", init, apply, needs=("features", "head"))
+    return Perturbation("logits", init, apply, needs=("features", "head"), reads_labels=True)

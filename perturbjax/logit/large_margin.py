@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number
 from perturbjax.classes import wide
-from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
+from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.method import method
 
 
@@ -78,7 +78,6 @@ def large_margin(*, margin: int = 4, first: ArrayLike = 1000.0, last: ArrayLike 
         return ()
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        flow = keep_clean(flow, flow.value)  # what follows knows the label
         if margin == 1:
             return flow, state, {}
         weight = anneal(context)
@@ -88,4 +87,4 @@ def large_margin(*, margin: int = 4, first: ArrayLike = 1000.0, last: ArrayLike 
         moved = flow.value + shift.astype(flow.value.dtype)[:, None] * true
         return flow._replace(value=moved), state, {"anneal": weight}
 
-    return Perturbation("logits", init, apply, needs=("features", "head"))
+    return Perturbation("logits", init, apply, needs=("features", "head"), reads_labels=True)

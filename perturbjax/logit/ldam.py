@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from perturbjax.checks import check_choice, check_class_counts, check_number, is_traced
-from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean, reached
+from perturbjax.link import Context, Flow, Perturbation, Rest, reached
 from perturbjax.logit.cosine import at_true_class, head_needs, head_scale, of_labels
 from perturbjax.loss.class_weighting import class_weights
 from perturbjax.method import method
@@ -94,11 +94,10 @@ def ldam(
         return after * (members / jnp.where(sums > 0, sums, 1))
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        flow = keep_clean(flow, flow.value)  # what follows knows the label
         margins = ldam_margins(context.class_counts, margin=margin).astype(flow.value.dtype)
         s = jnp.asarray(head_scale(scale, context), margins.dtype)
         shift = at_true_class(-s * of_labels(margins, flow.labels), flow.labels, context.num_classes)
         flow = flow._replace(value=flow.value + shift)
         return flow._replace(weights=reweighted(flow.weights, flow.labels, context)) if drw else flow, state, {}
 
-    return Perturbation("logits", init, apply, needs=("class_counts", *head_needs(scale)))
+    return Perturbation("logits", init, apply, needs=("class_counts", *head_needs(scale)), reads_labels=True)

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from perturbjax.checks import check_choice, check_number, check_samples, is_traced
 from perturbjax.classes import at_least_float32, gather, wide
 from perturbjax.inference.proximal import CROSS_ENTROPY_STEP, REGULARISERS, Regulariser, proximal_search, proximal_step
-from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
+from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.method import method
 from perturbjax.table import add, new_table, read, write
 
@@ -156,7 +156,6 @@ def logpert(
         )
 
     def apply(flow: Flow, rest: Rest, state: LogPertState, context: Context):
-        flow = keep_clean(flow, flow.value)  # what follows knows the label
         if inference == "exact":
             own = jax.nn.one_hot(flow.labels, context.num_classes, dtype=flow.value.dtype)
             delta = _exact(flow.value, flow.targets, own, weight, norm)
@@ -199,4 +198,6 @@ def logpert(
         return delta, state._replace(delta=state.delta - now * momentum, momentum=momentum)
 
     tables = memory or inference != "exact"
-    return Perturbation("logits", init, apply, search=inference != "exact", needs=("index",) if tables else ())
+    return Perturbation(
+        "logits", init, apply, search=inference != "exact", needs=("index",) if tables else (), reads_labels=True
+    )

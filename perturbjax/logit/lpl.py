@@ -20,7 +20,7 @@ from perturbjax.bound import Bound, check_bound, largest, needs, needs_accuracy,
 from perturbjax.checks import check_choice, check_number, check_samples, is_traced
 from perturbjax.classes import AxisName, at_least_float32, class_mean, number, wide
 from perturbjax.inference.pgd import UNROLLED, pgd
-from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, keep_clean
+from perturbjax.link import Context, Flow, Perturbation, Rest, clean_logits, searched_from
 from perturbjax.logit.lpl_steps import HeadTailSteps, ProportionalSteps, Steps, class_steps, largest_steps, steps_need
 from perturbjax.method import method
 from perturbjax.projection import group_norm, project, unit
@@ -265,7 +265,7 @@ def lpl(
             delta = jnp.where(broken[:, None], jnp.nan, delta)
         metrics = {"raised": jnp.sum(signs > 0), "lowered": jnp.sum(signs < 0), "inner_evaluations": jnp.int32(max_steps)}
         end = rest.flow(jax.lax.stop_gradient(flow.value))[1]  # for statistics of later links; unused, the compiler drops it
-        flow = keep_clean(flow, clean_logits(end, end.trace["logits"]))
+        flow = searched_from(flow, clean_logits(end, end.trace["logits"]))
         return flow._replace(value=flow.value + delta), state, metrics
 
     needed = tuple(dict.fromkeys(needs(bound, split) + steps_need(num_steps)))

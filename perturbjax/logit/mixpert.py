@@ -23,7 +23,7 @@ from perturbjax.checks import check_choice, check_number, check_samples, is_trac
 from perturbjax.classes import AxisName, at_least_float32, gather, own_share, wide
 from perturbjax.feature.adversarial import check_ball, check_inputs, pixel_range
 from perturbjax.inference.pgd import pgd
-from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean, per_sample_keys
+from perturbjax.link import Context, Flow, Perturbation, Rest, per_sample_keys
 from perturbjax.method import method
 from perturbjax.projection import per_group
 from perturbjax.split import by_loss_top
@@ -262,7 +262,6 @@ def mixpert(
         return flow._replace(value=x + delta), state, metrics
 
     def at_logits(flow: Flow, rest: Rest, state: tuple, context: Context):
-        flow = keep_clean(flow, flow.value)  # what follows knows the label
         metrics: dict[str, Any] = {}
         if passes:
             amount = flow.extra.get(_LIFT)
@@ -273,7 +272,7 @@ def mixpert(
             amount = lift(hard, ratio)
         return flow._replace(value=flow.value + _lowering(flow.value, flow.targets, amount, form)), state, metrics
 
-    logits = Perturbation("logits", lambda context: (), at_logits)
+    logits = Perturbation("logits", lambda context: (), at_logits, reads_labels=True)
     if not passes:
         return logits
     return Perturbation(site, init, at_inputs, search=True), logits

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from perturbjax.checks import check_number, check_samples, is_traced
 from perturbjax.classes import AxisName, wide
-from perturbjax.link import Context, Flow, Perturbation, Rest, keep_clean
+from perturbjax.link import Context, Flow, Perturbation, Rest
 from perturbjax.method import method
 
 
@@ -78,7 +78,6 @@ def self_paced_logit(
         )
 
     def apply(flow: Flow, rest: Rest, state: tuple, context: Context):
-        flow = keep_clean(flow, flow.value)  # what follows knows the label
         pace = 1 + jnp.asarray(growth, context.dtype) * jnp.asarray(context.progress, context.dtype)
         threshold = jnp.asarray(tau, context.dtype) * jnp.log(float(context.num_classes)) * pace
         threshold = jnp.where(context.begun(start), threshold, jnp.inf)
@@ -86,4 +85,4 @@ def self_paced_logit(
         left = jnp.mean((delta == 0).all(axis=-1).astype(jnp.float32))
         return flow._replace(value=flow.value + delta), state, {"taken_in": left, "threshold": threshold}
 
-    return Perturbation("logits", lambda context: (), apply)
+    return Perturbation("logits", lambda context: (), apply, reads_labels=True)

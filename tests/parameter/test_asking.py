@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import perturbjax as pj
-from tests.optax_links import ASKING, assert_trees_close, each, given, losses, parameters
+from tests.methods import ASKING, each
+from tests.optax_links import assert_trees_close, given, losses, parameters
 
 every_asking = each(ASKING)
 # Climbs of length `radius` along the gradient, or along |w| ⊙ g.
